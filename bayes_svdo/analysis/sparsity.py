@@ -1,0 +1,183 @@
+"""How many weights are left, layer by layer."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+QUANTILES = (0.05, 0.5, 0.95)
+# torch.quantile refuses more elements than this; a thinned sample serves a summary as well.
+_MAX_QUANTILE_SIZE = 2**24
+
+
+@dataclass(frozen=True)
+class LayerSparsity:
+    """Sparsity of one site.
+
+    Attributes:
+        name: Site name.
+        shape: Shape of the weight.
+        weights: Number of weights.
+        nonzero: Weights with log alpha below the threshold.
+        log_alpha: Quantiles 5 %, 50 % and 95 % of log alpha.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    weights: int
+    nonzero: int
+    log_alpha: tuple[float, ...]
+
+    @property
+    def percent(self) -> float:
+        """Percentage of weights that are zero."""
+        return 100.0 * (1 - self.nonzero / self.weights)
+
+
+@dataclass(frozen=True)
+class SparsityTable(Sequence[LayerSparsity]):
+    """Sparsity per layer and in all; prints as a table.
+
+    Attributes:
+        layers: One entry per site, in the network's order.
+        threshold: A weight is zero where ``log alpha >= threshold``.
+        num_biases: Parameters that are no weights (biases, normalisation) and are never pruned.
+    """
+
+    layers: tuple[LayerSparsity, ...]
+    threshold: float
+    num_biases: int = 0
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return sum(layer.weights for layer in self.layers)
+
+    @property
+    def nonzero(self) -> int:
+        """Number of weights left."""
+        return sum(layer.nonzero for layer in self.layers)
+
+    @property
+    def percent(self) -> float:
+        """Percentage of weights that are zero."""
+        return 100.0 * (1 - self.nonzero / self.weights)
+
+    @property
+    def compression(self) -> float:
+        """Weights / nonzero weights, biases not counted (as in the paper); inf if none is left."""
+        return self.weights / self.nonzero if self.nonzero else float("inf")
+
+    @property
+    def compression_with_biases(self) -> float:
+        """(Weights + biases) / (nonzero weights + biases)."""
+        left = self.nonzero + self.num_biases
+        return (self.weights + self.num_biases) / left if left else float("inf")
+
+    def __getitem__(self, index: int | str) -> LayerSparsity:  # type: ignore[override]
+        if isinstance(index, str):
+            by_name = {layer.name: layer for layer in self.layers}
+            if index not in by_name:
+                raise KeyError(f'no layer "{index}"; there are: {", ".join(by_name)}')
+            return by_name[index]
+        return self.layers[index]
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain numbers, for JSON."""
+        return {
+            "threshold": self.threshold,
+            "weights": self.weights,
+            "nonzero": self.nonzero,
+            "percent": self.percent,
+            "compression": self.compression,
+            "compression_with_biases": self.compression_with_biases,
+            "layers": {
+                layer.name: {
+                    "weights": layer.weights,
+                    "nonzero": layer.nonzero,
+                    "percent": layer.percent,
+                    "log_alpha": dict(zip(map(str, QUANTILES), layer.log_alpha, strict=True)),
+                }
+                for layer in self.layers
+            },
+        }
+
+    def to_rich(self, title: str | None = None) -> Table:
+        """The table for a terminal."""
+        table = Table(title=title, caption=self._caption(), caption_justify="left")
+        for heading, justify in (
+            ("layer", "left"),
+            ("shape", "left"),
+            ("weights", "right"),
+            ("nonzero", "right"),
+            ("sparsity", "right"),
+            ("log α 5 % / 50 % / 95 %", "right"),
+        ):
+            table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+        for layer in self.layers:
+            table.add_row(
+                layer.name,
+                "x".join(map(str, layer.shape)),
+                f"{layer.weights:,}",
+                f"{layer.nonzero:,}",
+                f"{layer.percent:.1f} %",
+                " / ".join(f"{value:.1f}" for value in layer.log_alpha),
+            )
+        table.add_section()
+        table.add_row(
+            "all", "", f"{self.weights:,}", f"{self.nonzero:,}", f"{self.percent:.1f} %", ""
+        )
+        return table
+
+    def _caption(self) -> str:
+        return (
+            f"pruned where log α >= {self.threshold:g}: {self.compression:.1f}x fewer weights "
+            f"({self.compression_with_biases:.1f}x counting {self.num_biases:,} biases)"
+        )
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=100)
+        with console.capture() as capture:
+            console.print(self.to_rich())
+        return capture.get()
+
+
+def sparsity_table(
+    log_alpha: Mapping[str, Tensor], threshold: float, num_biases: int = 0
+) -> SparsityTable:
+    """Sparsity at a threshold, from ``log alpha`` of each site (any shape; inf where pruned)."""
+    return SparsityTable(
+        tuple(_layer(name, value, threshold) for name, value in log_alpha.items()),
+        threshold,
+        num_biases,
+    )
+
+
+def _layer(name: str, log_alpha: Tensor, threshold: float) -> LayerSparsity:
+    flat = log_alpha.flatten()
+    thinned = flat[:: -(-len(flat) // _MAX_QUANTILE_SIZE)]
+    quantiles = torch.quantile(
+        thinned.to(torch.promote_types(thinned.dtype, torch.float32)),
+        torch.tensor(
+            QUANTILES,
+            dtype=torch.promote_types(thinned.dtype, torch.float32),
+            device=thinned.device,
+        ),
+        interpolation="nearest",  # between two of which one is inf, nothing lies
+    )
+    return LayerSparsity(
+        name,
+        tuple(log_alpha.shape),
+        log_alpha.numel(),
+        int((log_alpha < threshold).sum()),
+        tuple(quantiles.tolist()),
+    )

@@ -1,0 +1,265 @@
+"""The automatic guide: additive Gaussian noise around every weight.
+
+``q(w) = N(loc, sigma²)`` with ``loc`` and ``log sigma²`` learned, the additive parametrisation of
+Molchanov, Ashukha & Vetrov (2017), sec. 4.2, https://arxiv.org/abs/1701.05369: the gradient with
+respect to ``loc`` carries no noise of its own, however large ``alpha = sigma² / loc²`` grows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from operator import attrgetter
+from typing import Any, Literal, cast
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
+from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.infer.autoguide.utils import deep_setattr
+from pyro.nn import PyroModule, PyroParam
+from torch import Tensor
+from torch.distributions import constraints
+
+from bayes_svdo.distributions import AdditiveNoiseNormal, log_alpha
+from bayes_svdo.models import BayesianNetwork
+
+Sigma = Literal["weight", "unit", "layer"]
+Init = Callable[[Mapping[str, Any]], Tensor] | Mapping[str, Tensor]
+
+# A pruned weight is a point mass at zero. As a Gaussian: loc = 0 and sigma = e^-30, whose
+# log_alpha (27 in float32) is so large that KL and gradient vanish.
+_PRUNED_LOG_SIGMA2 = -60.0
+# Paper's initialisation for weights that no network gives a value: N(0, 0.01²).
+_INIT_STD = 0.01
+
+
+class AdditiveNoiseGuide(AutoGuide):
+    """Mean-field guide ``q(w) = N(loc, exp(log_sigma2))``, an ``AutoGuide``.
+
+    Unlike ``AutoNormal`` it samples each site itself, so its divergence from a ``LogUniform``
+    prior is analytic.
+
+    Args:
+        model: A :class:`~bayes_svdo.models.BayesianNetwork`, or any Pyro model whose latent sites
+            have real support.
+        init_log_sigma2: Initial log variance of every weight. -10 starts a fresh net; -8 to -15
+            has been used for pretrained ones.
+        sigma: Which weights share a variance: ``"weight"``, one each; ``"unit"``, one per output
+            unit (first dimension of the weight); ``"layer"``, one per site.
+        init: Where ``loc`` starts: a mapping from site name to tensor, or a function of the Pyro
+            site that returns one. Default: a network's own weights (so a pretrained net is a warm
+            start), and draws from N(0, 0.01²) for sites of a hand-written model.
+
+    Raises:
+        ValueError: ``sigma`` is unknown, ``init_log_sigma2`` is not finite, or ``init`` gives a
+            value of the wrong shape or one that is not finite.
+        NotImplementedError: A site's support is not the real line.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        init_log_sigma2: float = -10.0,
+        sigma: Sigma = "weight",
+        init: Init | None = None,
+        *,
+        create_plates: Callable[..., Any] | None = None,
+    ) -> None:
+        if sigma not in ("weight", "unit", "layer"):
+            raise ValueError(f'sigma must be "weight", "unit" or "layer", but is {sigma!r}.')
+        if not math.isfinite(init_log_sigma2):
+            raise ValueError(f"init_log_sigma2 must be finite, but is {init_log_sigma2}.")
+        self.init_log_sigma2 = float(init_log_sigma2)
+        self.sigma = sigma
+        values = _Initial(model, init)
+        self.prototype_trace: Any
+        super().__init__(InitMessenger(values)(model), create_plates=create_plates)
+        if isinstance(model, BayesianNetwork):
+            self._setup_network(model, values)
+
+    def _setup_network(self, model: BayesianNetwork, values: _Initial) -> None:
+        """A network's sites are known without data: no prototype run is needed."""
+        trace = poutine.Trace()
+        for name, weight in model.initial_weights().items():
+            fn = model.prior.expand(weight.shape).to_event(weight.dim())
+            site = {"name": name, "type": "sample", "fn": fn, "is_observed": False}
+            site |= {"value": values(site), "cond_indep_stack": (), "infer": {}}
+            trace.add_node(name, **site)
+        self.prototype_trace = trace
+        self._setup_parameters()
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        super()._setup_prototype(*args, **kwargs)
+        self._setup_parameters()
+
+    def _setup_parameters(self) -> None:
+        self.loc = PyroModule()
+        self.log_sigma2 = PyroModule()
+        self.keep = PyroModule()
+        self._event_dims: dict[str, int] = {}
+        for name, site in self.prototype_trace.iter_stochastic_nodes():
+            if not _is_real(site["fn"].support):
+                raise NotImplementedError(
+                    f'at site "{name}", AdditiveNoiseGuide needs a prior with real support, but '
+                    f"{site['fn']} has support {site['fn'].support}.\n"
+                    "  Try an AutoGuideList that gives this site another guide."
+                )
+            value = site["value"].detach()
+            event_dim = self._event_dims[name] = site["fn"].event_dim
+            loc = PyroParam(value.clone(), constraints.real, event_dim)
+            log_sigma2 = torch.full(
+                self._sigma_shape(value),
+                self.init_log_sigma2,
+                dtype=value.dtype,
+                device=value.device,
+            )
+            deep_setattr(self.loc, name, loc)
+            deep_setattr(self.log_sigma2, name, PyroParam(log_sigma2, constraints.real, event_dim))
+            owner, _, key = name.rpartition(".")
+            _submodule(self.keep, owner).register_buffer(
+                key, torch.ones_like(value, dtype=torch.bool)
+            )
+        self._has_pruned = False
+
+    def _sigma_shape(self, value: Tensor) -> torch.Size:
+        if self.sigma == "weight":
+            return value.shape
+        rest = value.shape[1:] if self.sigma == "unit" else value.shape
+        return torch.Size((*value.shape[: value.dim() - len(rest)], *(1 for _ in rest)))
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the latent sites, in the model's order; empty before a first call."""
+        return tuple(getattr(self, "_event_dims", ()))
+
+    def parameters_of(self, name: str) -> tuple[Tensor, Tensor]:
+        """``loc`` and ``log_sigma2`` of a site, both of the site's shape; zeros where pruned."""
+        loc, log_sigma2 = attrgetter(name)(self.loc), attrgetter(name)(self.log_sigma2)
+        log_sigma2 = log_sigma2.expand(loc.shape)
+        if self._has_pruned:
+            keep = attrgetter(name)(self.keep)
+            loc = loc.where(keep, 0.0)
+            log_sigma2 = log_sigma2.where(keep, _PRUNED_LOG_SIGMA2)
+        return loc, log_sigma2
+
+    def location_parameters(self) -> list[Tensor]:
+        """The trainable ``loc`` tensors."""
+        return list(self.loc.parameters())
+
+    def sigma_parameters(self) -> list[Tensor]:
+        """The trainable ``log_sigma2`` tensors."""
+        return list(self.log_sigma2.parameters())
+
+    @torch.no_grad()
+    def log_alpha(self) -> dict[str, Tensor]:
+        """``log alpha = log sigma² - log loc²`` of every weight, by site; inf where pruned."""
+        result = {}
+        for name in self.sites:
+            keep = attrgetter(name)(self.keep)
+            result[name] = log_alpha(*self.parameters_of(name)).masked_fill(~keep, math.inf)
+        return result
+
+    @torch.no_grad()
+    def prune_(self, threshold: float) -> None:
+        """Set weights with ``log alpha >= threshold`` to zero, mean and variance, for good.
+
+        One-way: the ``train_clip`` of the authors' code. A pruned weight gets no gradient and its
+        KL is zero.
+        """
+        for name, value in self.log_alpha().items():
+            keep = attrgetter(name)(self.keep)
+            keep &= value < threshold
+        self._has_pruned = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Sample every site; arguments as the model's (used for the prototype only)."""
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        plates = self._create_plates(*args, **kwargs)
+        result = {}
+        for name, site in self.prototype_trace.iter_stochastic_nodes():
+            with ExitStack() as stack:
+                for frame in site["cond_indep_stack"]:
+                    if frame.vectorized:
+                        stack.enter_context(plates[frame.name])
+                # Checking that a parameter is real reads all of it, and the device waits for that.
+                q = AdditiveNoiseNormal(*self.parameters_of(name), validate_args=False)
+                result[name] = pyro.sample(name, q.to_event(self._event_dims[name]))
+        return result
+
+    @torch.no_grad()
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Posterior median (the mean) of each site, by name."""
+        return {name: self.parameters_of(name)[0].clone() for name in self.sites}
+
+    @torch.no_grad()
+    def quantiles(
+        self, quantiles: list[float] | Tensor, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Posterior quantiles of each site, shape ``(len(quantiles), *site)``, by name."""
+        result = {}
+        for name in self.sites:
+            loc, log_sigma2 = self.parameters_of(name)
+            q = torch.as_tensor(quantiles, dtype=loc.dtype, device=loc.device)
+            q = q.reshape(-1, *(1 for _ in loc.shape))
+            result[name] = AdditiveNoiseNormal(loc, log_sigma2).icdf(q)
+        return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pyro's own empties the guide that is being copied, too.
+        return {**self.__dict__, "_model": None, "master": None}
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._has_pruned = True  # the masks that come may have zeros
+
+
+class _Initial:
+    """Initial value of a site: what the user gave, the network's own weight, or small noise."""
+
+    def __init__(self, model: Callable[..., Any], init: Init | None) -> None:
+        self.own = model.initial_weights() if isinstance(model, BayesianNetwork) else {}
+        self.init = init
+
+    def __call__(self, site: Mapping[str, Any]) -> Tensor:
+        name, fn = site["name"], site["fn"]
+        value = self._value(site)
+        shape = fn.batch_shape + fn.event_shape
+        if value.shape != shape:
+            raise ValueError(
+                f'at site "{name}", init gives shape {tuple(value.shape)} but the site has '
+                f"{tuple(shape)}."
+            )
+        if not value.isfinite().all():
+            raise ValueError(f'at site "{name}", init gives values that are not finite.')
+        return value
+
+    def _value(self, site: Mapping[str, Any]) -> Tensor:
+        name = site["name"]
+        if isinstance(self.init, Mapping):
+            if name in self.init:
+                return torch.as_tensor(self.init[name])
+        elif self.init is not None:
+            return self.init(site)
+        if name in self.own:
+            return self.own[name]
+        fn = site["fn"]
+        return _INIT_STD * torch.randn(fn.batch_shape + fn.event_shape)
+
+
+def _is_real(support: Any) -> bool:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return isinstance(support, type(constraints.real))
+
+
+def _submodule(root: PyroModule, path: str) -> PyroModule:
+    module: Any = root
+    for part in filter(None, path.split(".")):
+        if part not in module._modules:
+            setattr(module, part, PyroModule())
+        module = module._modules[part]
+    return cast(PyroModule, module)

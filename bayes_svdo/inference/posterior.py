@@ -1,0 +1,258 @@
+"""The fitted posterior, and everything a user asks of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from bayes_svdo.distributions.undrawn import LocalReparameterization, WeightReused
+from bayes_svdo.inference.guide import AdditiveNoiseGuide
+from bayes_svdo.inference.history import History
+from bayes_svdo.models import BayesianNetwork
+
+if TYPE_CHECKING:
+    import os
+
+    from bayes_svdo.analysis.sparsity import SparsityTable
+
+_PREDICTION_BATCH = 1000
+
+
+class Posterior:
+    """A model and its fitted guide.
+
+    Attributes:
+        model: The Pyro model (point estimates included), a copy of the one given to ``fit``.
+        guide: The fitted guide.
+        history: One row per epoch.
+        threshold: A weight is pruned where ``log alpha >= threshold``, unless another is given.
+        stopped_because: Why training ended, in words.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: AdditiveNoiseGuide,
+        *,
+        history: History | None = None,
+        threshold: float = 3.0,
+        stopped_because: str = "",
+    ) -> None:
+        self.model = model
+        self.guide = guide
+        self.history = History() if history is None else history
+        self.threshold = check_threshold(threshold)
+        self.stopped_because = stopped_because
+
+    def log_alpha(self) -> dict[str, Tensor]:
+        """``log alpha = log sigma² - log loc²`` of every weight, by site; inf where pruned."""
+        return self.guide.log_alpha()
+
+    def sparsity(self, threshold: float | None = None) -> SparsityTable:
+        """What pruning at ``threshold`` leaves, per layer and in all."""
+        from bayes_svdo.analysis.sparsity import sparsity_table
+
+        num_biases = sum(p.numel() for p in self._network().net.parameters())
+        return sparsity_table(self.log_alpha(), self._threshold(threshold), num_biases)
+
+    def means(self, threshold: float | None = None) -> dict[str, Tensor]:
+        """Posterior mean of every weight, zero where pruned, by site."""
+        threshold = self._threshold(threshold)
+        log_alpha = self.log_alpha()
+        return {
+            name: loc.masked_fill(log_alpha[name] >= threshold, 0.0)
+            for name, loc in self.guide.median().items()
+        }
+
+    def prune(self, threshold: float | None = None) -> nn.Module:
+        """The pruned network: a plain copy of the user's module, posterior means for weights.
+
+        Weights with ``log alpha >= threshold`` are exact zeros. Tied weights stay tied. The module
+        is in evaluation mode.
+
+        Raises:
+            TypeError: The model is not a :class:`~bayes_svdo.models.BayesianNetwork`.
+        """
+        net = deepcopy(self._network().net)
+        for name, mean in self.means(threshold).items():
+            buffer = net.get_buffer(name)
+            parameter = nn.Parameter(mean)
+            for module in net.modules():
+                for key, value in list(module._buffers.items()):
+                    if value is buffer:
+                        del module._buffers[key]
+                        module.register_parameter(key, parameter)
+        return net.eval()
+
+    @torch.no_grad()
+    def output(
+        self, x: Any, threshold: float | None = None, batch_size: int = _PREDICTION_BATCH
+    ) -> Tensor:
+        """Output (logits, means) of the pruned mean network, shape ``(N, ...)``."""
+        network = self._network()
+        weights = self.means(threshold)
+        with _evaluating(network):
+            return torch.cat(
+                [
+                    functional_call(network.net, weights, batch)
+                    for batch in self._split(x, batch_size)
+                ]
+            )
+
+    @torch.no_grad()
+    def predict(
+        self,
+        x: Any,
+        num_samples: int | None = None,
+        *,
+        threshold: float | None = None,
+        batch_size: int = _PREDICTION_BATCH,
+    ) -> Tensor:
+        """Means of ``y`` given ``x``: class probabilities, or means of a regression.
+
+        Args:
+            x: Inputs of shape ``(N, ...)``, or a tuple of such.
+            num_samples: None for the pruned mean network. A number ``S`` for as many draws from
+                the posterior (not pruned), by local reparameterization where it applies.
+            threshold: Where to prune; the posterior's own if None.
+            batch_size: Inputs taken at a time, which bounds the memory.
+
+        Returns:
+            Shape ``(N, ...)``, or ``(S, N, ...)`` if ``num_samples`` is given. On the device of
+            the posterior.
+
+        Raises:
+            ValueError: ``num_samples`` or ``batch_size`` is below 1.
+        """
+        network = self._network()
+        if num_samples is None:
+            return network.likelihood.mean(self.output(x, threshold, batch_size))
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, but is {num_samples}.")
+        with _evaluating(network), local_parameters():
+            batches = [
+                torch.stack([self._draw_output(batch) for _ in range(num_samples)])
+                for batch in self._split(x, batch_size)
+            ]
+        return network.likelihood.mean(torch.cat(batches, dim=1))
+
+    def _draw_output(self, batch: tuple[Any, ...]) -> Tensor:
+        reused: set[str] = set()
+        while True:
+            guide = poutine.trace(LocalReparameterization(reused)(self.guide))
+            try:
+                trace = guide.get_trace(*batch)
+                output: Tensor = poutine.replay(self.model, trace=trace)(
+                    batch if len(batch) > 1 else batch[0]
+                )
+            except WeightReused as error:
+                reused.add(error.name)
+            else:
+                return output
+
+    def _split(self, x: Any, batch_size: int) -> Iterator[tuple[Tensor, ...]]:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, but is {batch_size}.")
+        device = self.device
+        inputs = [torch.as_tensor(value) for value in (x if isinstance(x, tuple) else (x,))]
+        if len(inputs[0]) == 0:
+            raise ValueError("x is empty.")
+        for parts in zip(*(value.split(batch_size) for value in inputs), strict=True):
+            yield tuple(part.to(device) for part in parts)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the posterior's parameters are."""
+        return next(self.guide.parameters()).device
+
+    def to(self, device: str | torch.device) -> Posterior:
+        """Move model and guide to a device, in place."""
+        self.guide.to(device)
+        if isinstance(self.model, nn.Module):
+            self.model.to(device)
+        return self
+
+    def summary(self, threshold: float | None = None) -> str:
+        """The sparsity table as text."""
+        return str(self.sparsity(threshold))
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the posterior to a folder: tensors as safetensors, the rest as JSON.
+
+        See :func:`bayes_svdo.inference.checkpoints.save_posterior`.
+        """
+        from bayes_svdo.inference.checkpoints import save_posterior
+
+        return save_posterior(self, path)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str], net: nn.Module | None = None) -> Posterior:
+        """Read a folder that :meth:`save` wrote.
+
+        See :func:`bayes_svdo.inference.checkpoints.load_posterior`.
+        """
+        from bayes_svdo.inference.checkpoints import load_posterior
+
+        return load_posterior(path, net)
+
+    def _network(self) -> BayesianNetwork:
+        if not isinstance(self.model, BayesianNetwork):
+            raise TypeError(
+                "this needs a BayesianNetwork, but the model is "
+                f"{getattr(self.model, '__name__', type(self.model).__name__)}, a hand-written "
+                "Pyro model.\n  Try pyro.infer.Predictive(posterior.model, guide=posterior.guide, "
+                "num_samples=...)."
+            )
+        return self.model
+
+    def _threshold(self, threshold: float | None) -> float:
+        return self.threshold if threshold is None else check_threshold(threshold)
+
+    def __repr__(self) -> str:
+        sites = ", ".join(self.guide.sites)
+        return f"Posterior({sites}; threshold={self.threshold}, epochs={len(self.history)})"
+
+
+def check_threshold(threshold: float) -> float:
+    """The threshold on log alpha as a float.
+
+    Raises:
+        ValueError: It is NaN or not a number.
+    """
+    if (
+        isinstance(threshold, bool)
+        or not isinstance(threshold, (int, float))
+        or math.isnan(threshold)
+    ):
+        raise ValueError(f"threshold must be a number (log alpha), but is {threshold!r}.")
+    return float(threshold)
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(training)
+
+
+@contextmanager
+def local_parameters() -> Iterator[None]:
+    """An empty parameter store for the time being: modules keep their own parameters.
+
+    In Pyro's global store two guides of the same class would share parameters by name.
+    """
+    with pyro.get_param_store().scope():
+        yield

@@ -1,0 +1,69 @@
+"""What changes over a training run: the weight of the KL and the learning rate.
+
+A schedule is a function of progress, the fraction of steps done, in [0, 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+Schedule = Callable[[float], float]
+
+
+@dataclass(frozen=True)
+class KLWarmup:
+    """KL weight 0 until ``start``, linear to ``end``, 1 from then on.
+
+    From step 0 at full weight the KL prunes nearly everything: the other weights are still random,
+    so each alone explains nothing (Molchanov et al. 2017 ramp over epochs 5 to 20 of 200).
+
+    Args:
+        start: Fraction of training at which the ramp begins.
+        end: Fraction at which the weight reaches 1.
+
+    Raises:
+        ValueError: Not ``0 <= start <= end <= 1``.
+    """
+
+    start: float = 0.025
+    end: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.start <= self.end <= 1.0:
+            raise ValueError(
+                "kl_warmup must be two fractions of training with 0 <= start <= end <= 1, but is "
+                f"({self.start}, {self.end})."
+            )
+
+    def __call__(self, progress: float) -> float:
+        """KL weight at ``progress``."""
+        if progress >= self.end:
+            return 1.0
+        if progress <= self.start:
+            return 0.0
+        return (progress - self.start) / (self.end - self.start)
+
+
+@dataclass(frozen=True)
+class ConstantThenLinear:
+    """Factor 1 until ``hold``, then linear to 0 at the end of training.
+
+    Args:
+        hold: Fraction of training before the decay. The authors' code holds for half.
+
+    Raises:
+        ValueError: Not ``0 <= hold <= 1``.
+    """
+
+    hold: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.hold <= 1.0:
+            raise ValueError(f"hold must be a fraction of training, but is {self.hold}.")
+
+    def __call__(self, progress: float) -> float:
+        """Factor on the learning rate at ``progress``."""
+        if progress <= self.hold:
+            return 1.0
+        return (1.0 - progress) / (1.0 - self.hold)

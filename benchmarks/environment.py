@@ -1,0 +1,43 @@
+"""What a results file says of where its numbers come from."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def environment(*packages: str) -> dict[str, Any]:
+    """Versions and machine, for the results file of a benchmark."""
+    names = ("torch", "pyro-ppl", "numpy", "scikit-learn", *packages)
+    return {
+        "bayes_svdo": version("bayes-svdo"),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in names},
+        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.system()},
+    }
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+    Path(file.name).chmod(0o644)
+    Path(file.name).replace(path)
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,200 @@
+"""Dense networks on MNIST: test error and compression beside the paper's.
+
+    python benchmarks/mnist_dense.py search lenet_300_100    # candidates on a 55,000/5,000 split
+    python benchmarks/mnist_dense.py final lenet_300_100     # the frozen one on 60,000, per seed
+    python benchmarks/mnist_dense.py table                   # the results as Markdown
+
+`configs/<name>.toml` holds the candidates and the frozen configuration. The test set is read by
+`final` only; its numbers are those of the last epoch. Two runs go side by side, one thread each.
+MNIST comes from `$BAYES_SVDO_DATA`, or is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+import tomllib
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from environment import RESULTS, environment, write_json
+
+from bayes_svdo import data
+from bayes_svdo.inference import AdditiveNoiseGuide, Posterior, fit
+from bayes_svdo.models import BayesianNetwork, Categorical, dense
+
+CONFIGS = Path(__file__).parent / "configs"
+SPLIT_SEED = 0
+THRESHOLDS = (0.5, 1.0, 2.0, 3.0, 4.0, 5.0)
+MONTE_CARLO_SAMPLES = 20
+
+
+def run(config: dict[str, Any], seed: int, final: bool) -> dict[str, Any]:
+    """Train once; evaluate on the test set if `final`, else on the 5,000 held out."""
+    torch.set_num_threads(1)
+    mnist = data.load("mnist")
+    if not final:
+        mnist = mnist.with_validation_split(5000, SPLIT_SEED)
+    torch.manual_seed(seed)
+    net = dense(tuple(config["sizes"]))
+    model = BayesianNetwork(net, Categorical(), num_data=len(mnist.x_train))
+    guide = AdditiveNoiseGuide(model, init_log_sigma2=config["init_log_sigma2"])
+    started = time.perf_counter()
+    posterior = fit(
+        model,
+        mnist.train,
+        guide=guide,
+        seed=seed,
+        device="cpu",
+        progress=False,
+        kl_warmup=tuple(config["kl_warmup"]),
+        threshold=config["threshold"],
+        **{
+            key: config[key]
+            for key in ("epochs", "batch_size", "lr", "sigma_lr", "prune_while_training")
+        },
+    )
+    table = posterior.sparsity()
+    return {
+        "seed": seed,
+        "error_percent": error(posterior, *mnist.test),
+        "error_percent_unpruned": error(posterior, *mnist.test, threshold=float("inf")),
+        "error_percent_monte_carlo": monte_carlo_error(posterior, *mnist.test, seed),
+        "compression": table.compression,
+        "compression_with_biases": table.compression_with_biases,
+        "nonzero": table.nonzero,
+        "sparsity_percent": {layer.name: layer.percent for layer in table},
+        "by_threshold": {
+            str(tau): {
+                "error_percent": error(posterior, *mnist.test, threshold=tau),
+                "compression": posterior.sparsity(tau).compression,
+            }
+            for tau in THRESHOLDS
+        },
+        "train_nll": posterior.history[-1]["nll"],
+        "kl": posterior.history[-1]["kl"],
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def error(posterior: Posterior, x: Any, y: Any, threshold: float | None = None) -> float:
+    """Test error in percent of the pruned mean network."""
+    wrong = posterior.output(x, threshold).argmax(-1) != y
+    return 100 * float(wrong.double().mean())
+
+
+def monte_carlo_error(posterior: Posterior, x: Any, y: Any, seed: int) -> float:
+    """Test error in percent of the predictive distribution, averaged over draws."""
+    torch.manual_seed(seed)
+    mean = posterior.predict(x, MONTE_CARLO_SAMPLES).mean(0)
+    return 100 * float((mean.argmax(-1) != y).double().mean())
+
+
+def run_all(jobs: list[tuple[str, dict[str, Any], int]], path: Path, final: bool) -> None:
+    """Run the jobs two at a time; the results file holds every one that is done."""
+    content: dict[str, Any] = {
+        "script": "benchmarks/mnist_dense.py",
+        "data": "MNIST, "
+        + ("60,000 / test set" if final else "55,000 / 5,000 of the training set"),
+        "threads_per_run": 1,
+        "environment": environment("lightning-fabric"),
+        "runs": [],
+    }
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        futures = {
+            pool.submit(run, config, seed, final): (name, config) for name, config, seed in jobs
+        }
+        for future in as_completed(futures):
+            name, config = futures[future]
+            content["runs"].append({"name": name, "config": config, **future.result()})
+            content["runs"].sort(key=lambda r: (r["name"], r["seed"]))
+            if final:
+                content["summary"] = summary(content["runs"])
+            write_json(path, content)
+            last = future.result()
+            print(
+                f"{name} seed {last['seed']}: {last['error_percent']:.2f} % error, "
+                f"{last['compression']:.1f}x, {last['seconds']:.0f} s",
+                flush=True,
+            )
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Mean, standard deviation, least and largest over seeds."""
+    keys = [
+        "error_percent",
+        "error_percent_unpruned",
+        "error_percent_monte_carlo",
+        "compression",
+        "compression_with_biases",
+        "nonzero",
+        "seconds",
+    ]
+    return {
+        key: {
+            "mean": statistics.mean(values),
+            "sd": statistics.stdev(values) if len(values) > 1 else float("nan"),
+            "min": min(values),
+            "max": max(values),
+        }
+        for key in keys
+        for values in [[run[key] for run in runs]]
+    }
+
+
+def table() -> str:
+    """All final results, beside what was published."""
+    lines = [
+        "| network | | test error % | compression | seeds |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for path in sorted(RESULTS.glob("mnist_dense_*_final.json")):
+        content = json.loads(path.read_text())
+        name = path.stem.removeprefix("mnist_dense_").removesuffix("_final")
+        config = tomllib.loads((CONFIGS / f"{name}.toml").read_text())
+        published, net = config["published"], "-".join(map(str, config["base"]["sizes"]))
+        error, ratio = content["summary"]["error_percent"], content["summary"]["compression"]
+        lines += [
+            f"| {net} | {published['source']} | {published['error_percent']} "
+            f"| {published['compression']}x | 1 |",
+            f"| | bayes_svdo | {error['mean']:.2f} ± {error['sd']:.2f} "
+            f"| {ratio['mean']:.1f}x ± {ratio['sd']:.1f} | {len(content['runs'])} |",
+        ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("action", choices=("search", "final", "table"))
+    parser.add_argument("config", nargs="?", help="name of a file in configs/")
+    arguments = parser.parse_args()
+    if arguments.action == "table":
+        print(table())
+        return
+    if arguments.config is None:
+        sys.exit(
+            "which configuration? One of: " + ", ".join(p.stem for p in CONFIGS.glob("*.toml"))
+        )
+    content = tomllib.loads((CONFIGS / f"{arguments.config}.toml").read_text())
+    path = RESULTS / f"mnist_dense_{arguments.config}_{arguments.action}.json"
+    if arguments.action == "search":
+        jobs = [
+            (name, content["base"] | change, 0) for name, change in content["candidates"].items()
+        ]
+    else:
+        chosen = content["base"] | content["candidates"][content["chosen"]["candidate"]]
+        jobs = [
+            (content["chosen"]["candidate"], chosen, seed) for seed in content["chosen"]["seeds"]
+        ]
+    run_all(jobs, path, final=arguments.action == "final")
+
+
+if __name__ == "__main__":
+    main()
