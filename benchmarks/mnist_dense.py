@@ -97,15 +97,23 @@ def monte_carlo_error(posterior: Posterior, x: Any, y: Any, seed: int) -> float:
 
 
 def run_all(jobs: list[tuple[str, dict[str, Any], int]], path: Path, final: bool) -> None:
-    """Run the jobs two at a time; the results file holds every one that is done."""
+    """Run the jobs two at a time; the results file holds every one that is done.
+
+    A run that is there already, with the same configuration and seed, is not done again.
+    """
+    done = json.loads(path.read_text())["runs"] if path.exists() else []
+    wanted = [{"name": name, "config": config, "seed": seed} for name, config, seed in jobs]
+    done = [run for run in done if {key: run[key] for key in wanted[0]} in wanted]
     content: dict[str, Any] = {
         "script": "benchmarks/mnist_dense.py",
         "data": "MNIST, "
         + ("60,000 / test set" if final else "55,000 / 5,000 of the training set"),
         "threads_per_run": 1,
         "environment": environment("lightning-fabric"),
-        "runs": [],
+        "runs": done,
     }
+    had = [(run["name"], run["seed"]) for run in done]
+    jobs = [job for job in jobs if (job[0], job[2]) not in had]
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         futures = {
             pool.submit(run, config, seed, final): (name, config) for name, config, seed in jobs

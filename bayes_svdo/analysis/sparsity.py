@@ -12,8 +12,6 @@ from rich.table import Table
 from torch import Tensor
 
 QUANTILES = (0.05, 0.5, 0.95)
-# torch.quantile refuses more elements than this; a thinned sample serves a summary as well.
-_MAX_QUANTILE_SIZE = 2**24
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class LayerSparsity:
         shape: Shape of the weight.
         weights: Number of weights.
         nonzero: Weights with log alpha below the threshold.
-        log_alpha: Quantiles 5 %, 50 % and 95 % of log alpha.
+        log_alpha: Quantiles 5 %, 50 % and 95 % of log alpha (nearest values).
     """
 
     name: str
@@ -145,7 +143,7 @@ class SparsityTable(Sequence[LayerSparsity]):
         )
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=100)
+        console = Console(file=io.StringIO(), width=100, color_system=None)
         with console.capture() as capture:
             console.print(self.to_rich())
         return capture.get()
@@ -163,21 +161,14 @@ def sparsity_table(
 
 
 def _layer(name: str, log_alpha: Tensor, threshold: float) -> LayerSparsity:
-    flat = log_alpha.flatten()
-    thinned = flat[:: -(-len(flat) // _MAX_QUANTILE_SIZE)]
-    quantiles = torch.quantile(
-        thinned.to(torch.promote_types(thinned.dtype, torch.float32)),
-        torch.tensor(
-            QUANTILES,
-            dtype=torch.promote_types(thinned.dtype, torch.float32),
-            device=thinned.device,
-        ),
-        interpolation="nearest",  # between two of which one is inf, nothing lies
-    )
+    flat = log_alpha.flatten().to(torch.promote_types(log_alpha.dtype, torch.float32))
+    # Order statistics: between two of which one is inf, nothing lies; and torch.quantile takes no
+    # more than 2^24 values.
+    ranks = [1 + round(q * (len(flat) - 1)) for q in QUANTILES]
     return LayerSparsity(
         name,
         tuple(log_alpha.shape),
         log_alpha.numel(),
         int((log_alpha < threshold).sum()),
-        tuple(quantiles.tolist()),
+        tuple(float(flat.kthvalue(rank).values) for rank in ranks),
     )

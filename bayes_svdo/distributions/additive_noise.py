@@ -44,6 +44,10 @@ class AdditiveNoiseNormal(Normal):
             self.loc.size(), validate_args=validate_args
         )
 
+    def like(self) -> Tensor:  # (*batch)
+        """A tensor of the shape, dtype and device of a draw; its values mean nothing."""
+        return self.loc
+
     @property
     def log_alpha(self) -> Tensor:  # (*batch)
         """``log(sigma² / loc²)``, finite for ``loc = 0``."""
@@ -66,7 +70,7 @@ class AdditiveNoiseNormal(Normal):
 
     def expand(self, batch_shape: Shape, _instance: Any = None) -> Self:
         """The same distribution with its batch shape expanded; a view, nothing is copied."""
-        new: Self = self._get_checked_instance(AdditiveNoiseNormal, _instance)  # type: ignore[no-untyped-call]
+        new: Self = self._get_checked_instance(AdditiveNoiseNormal, _instance)
         new.loc, new.log_sigma2 = self.loc.expand(batch_shape), self.log_sigma2.expand(batch_shape)
         super(torch.distributions.Normal, new).__init__(new.loc.shape, validate_args=False)
         new._validate_args = self._validate_args
@@ -88,4 +92,4 @@ def _kl_additive_noise(q: AdditiveNoiseNormal, p: ScaleFreePrior) -> Tensor:
     return kl_to_prior(q.log_alpha, p)
 
 
-register_kl(AdditiveNoiseNormal, ScaleFreePrior)(_kl_additive_noise)  # type: ignore[no-untyped-call]
+register_kl(AdditiveNoiseNormal, ScaleFreePrior)(_kl_additive_noise)

@@ -63,7 +63,7 @@ class LogUniform(ScaleFreePrior):
         if self._validate_args:
             self._validate_sample(value)
         log_p = -value.abs().log() - _NORMALISATION
-        shape = torch.broadcast_shapes(value.shape, self.batch_shape)  # type: ignore[no-untyped-call]
+        shape = torch.broadcast_shapes(value.shape, self.batch_shape)
         return log_p.expand(shape)
 
     def __repr__(self) -> str:

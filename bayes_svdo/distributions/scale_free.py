@@ -47,7 +47,7 @@ class ScaleFreePrior(TorchDistribution):
                 f"{type(self).__name__} of batch shape {tuple(self.batch_shape)} cannot be "
                 f"expanded to {tuple(batch_shape)}: the shapes do not broadcast."
             )
-        new: Self = self._get_checked_instance(type(self), _instance)  # type: ignore[no-untyped-call]
+        new: Self = self._get_checked_instance(type(self), _instance)
         new.__dict__.update(self.__dict__)
         new._batch_shape = batch_shape
         return new
@@ -78,7 +78,7 @@ class ScaleFreePrior(TorchDistribution):
 def kl_to_prior(log_alpha: Tensor, prior: ScaleFreePrior) -> Tensor:
     """KL per weight, in the shape that those of ``log_alpha`` and ``prior`` broadcast to."""
     kl = prior.kl_from(log_alpha)
-    shape = torch.broadcast_shapes(kl.shape, prior.batch_shape)  # type: ignore[no-untyped-call]
+    shape = torch.broadcast_shapes(kl.shape, prior.batch_shape)
     return kl.expand(shape)
 
 
@@ -86,7 +86,7 @@ def _kl_normal(q: Normal, p: ScaleFreePrior) -> Tensor:
     return kl_to_prior(log_alpha(q.loc, 2 * q.scale.log()), p)
 
 
-register_kl(Normal, ScaleFreePrior)(_kl_normal)  # type: ignore[no-untyped-call]
+register_kl(Normal, ScaleFreePrior)(_kl_normal)
 
 
 def _broadcasts_to(shape: torch.Size, target: torch.Size) -> bool:

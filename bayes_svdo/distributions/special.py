@@ -17,7 +17,8 @@ where ``Q``, ``P`` and ``T`` are bounded and smooth, so that rationals in ``alph
 working precision over the whole axis and the tails keep their relative accuracy.
 
 Everything here is elementwise, keeps shape and dtype, and maps -inf, inf and NaN to the limits
-and to NaN. float16 and bfloat16 are computed in float32.
+and to NaN. float16 and bfloat16 are computed in float32. Derivatives are reverse mode: for a
+Hessian take ``torch.func.jacrev`` twice, as ``torch.func.jvp`` and ``hessian`` raise.
 """
 
 from __future__ import annotations

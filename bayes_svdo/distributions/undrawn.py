@@ -9,105 +9,35 @@ output, and turns into one ordinary draw of the weight at any other use of it.
 Each output is drawn on its own. Its marginal distribution is that of weight sampling, for every
 row of the batch and every position of a convolution; the dependence between outputs that share a
 weight (rows of a batch, positions of a feature map, occurrences of a word) is dropped, as by
-Molchanov, Ashukha & Vetrov (2017), https://arxiv.org/abs/1701.05369.
+Molchanov, Ashukha & Vetrov (2017), https://arxiv.org/abs/1701.05369. A product of weights (with one
+another, or with an ``nn.Parameter``) holds no data, and is computed from the drawn weight.
 """
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from pyro.poutine.messenger import Messenger
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Independent
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from bayes_svdo.distributions.additive_noise import AdditiveNoiseNormal
+from bayes_svdo.distributions.draw import Draw, Reuse, WeightReused, check_reuse
+from bayes_svdo.distributions.pruned import PrunedAdditiveNoiseNormal
 
-# More would overflow a sum of float32 variances; the KL still sees the true value.
-_MAX_VARIANCE = math.exp(40.0)
-# Added to a variance under its square root, where the slope of the root is infinite. Products of
-# a linear layer are exact zeros for a zero input, so the least number does; the transforms of fast
-# convolutions leave rounding errors of either sign, which a larger floor keeps from being blown up.
-_FLOOR_EXACT = 1e-30
-_FLOOR_ROUNDED = 1e-14
+# Added to a variance under its square root, where the slope of the root is infinite: this power of
+# the dtype's rounding error, for outputs of order one. Products of a linear layer are exact zeros
+# for a zero input, so next to nothing does; the transforms of fast convolutions leave rounding
+# errors of either sign, which a larger floor keeps from being blown up.
+_FLOOR_EXACT = 4
+_FLOOR_ROUNDED = 2
 
-Reuse = Literal["draw", "independent"]
-
-
-class WeightReused(RuntimeError):
-    """A weight whose noise went into one operation's output is needed a second time.
-
-    The two uses share one weight, so they cannot have independent noise: the weight must be drawn.
-    Our objectives catch this, draw the site ``name`` from then on, and start the pass again.
-    """
-
-    def __init__(self, name: str) -> None:
-        super().__init__(
-            f'the weight of site "{name}" is used more than once in one forward pass, so its noise '
-            "cannot be drawn in the output of one operation.\n"
-            f'  Try LocalReparameterization(drawn={{"{name}"}}), which draws this weight once, or '
-            'reuse="independent" if independent noise at each use is what you want.'
-        )
-        self.name = name
-
-
-class _Variance(torch.autograd.Function):
-    """``exp(log_sigma2)``, bounded above; its gradient is the bounded variance, never zero."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(log_sigma2: Tensor) -> Tensor:
-        return log_sigma2.exp().clamp_(max=_MAX_VARIANCE)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (variance,) = ctx.saved_tensors
-        slope: Tensor = grad * variance
-        return slope
-
-
-class _Draw:
-    """The one draw that an undrawn weight and its transposes stand for."""
-
-    def __init__(self, name: str, loc: Tensor, log_sigma2: Tensor, reuse: Reuse) -> None:
-        self.name, self.loc, self.log_sigma2, self.reuse = name, loc, log_sigma2, reuse
-        self.value: Tensor | None = None
-        self.used = False
-
-    @functools.cached_property
-    def variance(self) -> Tensor:
-        # In float16 the variance would underflow below log_sigma2 = -16.6.
-        log_sigma2 = self.log_sigma2
-        if log_sigma2.dtype in (torch.float16, torch.bfloat16):
-            log_sigma2 = log_sigma2.float()
-        variance: Tensor = _Variance.apply(log_sigma2)
-        return variance.expand(self.loc.shape)
-
-    def claim(self) -> None:
-        """Take the weight for local reparameterization, which can be had once."""
-        if self.used and self.reuse == "draw":
-            raise WeightReused(self.name)
-        self.used = True
-
-    def draw(self) -> Tensor:
-        """The draw, made at the first call."""
-        if self.value is None:
-            self.claim()
-            noise = torch.randn_like(self.loc)
-            sigma = self.variance.sqrt().to(self.loc.dtype)
-            self.value = torch.addcmul(self.loc, sigma, noise)
-        return self.value
+__all__ = ["LocalReparameterization", "Reuse", "UndrawnSample", "WeightReused", "drawn"]
 
 
 def _identity(value: Tensor) -> Tensor:
@@ -124,13 +54,16 @@ class UndrawnSample(Tensor):
 
     Args:
         loc: Means, any shape.
-        log_sigma2: Log variances, broadcastable to ``loc``.
+        log_sigma2: Log variances, broadcastable to ``loc``. Above 40, noise is drawn as for 40.
         name: Site name, for messages.
         reuse: What a second linear use does: ``"draw"`` raises :class:`WeightReused`, so that the
             caller can draw the weight; ``"independent"`` gives each use noise of its own.
+
+    Raises:
+        ValueError: ``reuse`` is unknown.
     """
 
-    _draw: _Draw
+    _draw: Draw
     _view: Callable[[Tensor], Tensor]
 
     @staticmethod
@@ -141,17 +74,26 @@ class UndrawnSample(Tensor):
         name: str = "weight",
         reuse: Reuse = "draw",
     ) -> UndrawnSample:
-        return cls._of(_Draw(name, loc, log_sigma2, reuse), _identity)
+        return cls.of(AdditiveNoiseNormal(loc, log_sigma2, validate_args=False), name, reuse)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
 
     @classmethod
-    def _of(cls, draw: _Draw, view: Callable[[Tensor], Tensor]) -> UndrawnSample:
+    def of(
+        cls, q: AdditiveNoiseNormal, name: str = "weight", reuse: Reuse = "draw"
+    ) -> UndrawnSample:
+        """The draw from ``q`` that has not been made yet."""
+        return cls._of(Draw(name, q, reuse), _identity)
+
+    @classmethod
+    def _of(cls, draw: Draw, view: Callable[[Tensor], Tensor]) -> UndrawnSample:
         with torch.no_grad():
-            like = view(draw.loc)
+            like = view(draw.q.like())
         make = cast(Any, Tensor._make_wrapper_subclass)
-        self: UndrawnSample = make(cls, like.shape, dtype=like.dtype, device=like.device)
+        self: UndrawnSample = make(
+            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
+        )
         self._draw, self._view = draw, view
         return self
 
@@ -164,12 +106,16 @@ class UndrawnSample(Tensor):
         """The draw itself, made now if it was not yet; a plain tensor."""
         return self._view(self._draw.draw())
 
-    def _moments(self) -> tuple[Tensor, Tensor]:
-        return self._view(self._draw.loc), self._view(self._draw.variance)
+    def _claim_moments(self) -> tuple[Tensor, Tensor]:
+        loc, variance = self._draw.claim_moments()
+        return self._view(loc), self._view(variance)
 
     def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         state = "drawn" if self.is_drawn else "not drawn yet"
         return f'UndrawnSample(site="{self._draw.name}", shape={tuple(self.shape)}, {state})'
+
+    def __format__(self, spec: str) -> str:
+        return format(repr(self), spec)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         """A copy cannot share a draw to come: it is made, and the copy is a plain tensor."""
@@ -192,7 +138,7 @@ class UndrawnSample(Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func in _VIEWS and isinstance(args[0], UndrawnSample) and not args[0].is_drawn:
+        if func in _VIEWS and args and _is_undrawn(args[0]):
             first, rest = args[0], args[1:]
             view = first._view
             return cls._of(first._draw, lambda value: func(view(value), *rest, **kwargs))
@@ -204,8 +150,9 @@ class UndrawnSample(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        # Reached by code that switches __torch_function__ off (C++ internals): draw and go on.
-        return func(*tree_map(drawn, args), **tree_map(drawn, kwargs or {}))
+        # Reached by code that does not ask __torch_function__ (C++ internals), and below autograd.
+        with torch.no_grad():
+            return func(*tree_map(drawn, args), **tree_map(drawn, kwargs or {}))
 
 
 def drawn(value: Any) -> Any:
@@ -213,28 +160,43 @@ def drawn(value: Any) -> Any:
     return value.draw() if isinstance(value, UndrawnSample) else value
 
 
+def _is_undrawn(value: Any) -> bool:
+    return isinstance(value, UndrawnSample) and not value.is_drawn
+
+
+def _may_stay_undrawn(weight: Any, x: Any) -> bool:
+    """Whether ``weight`` is undrawn and ``x`` is data.
+
+    The product of weights is mixed by what follows as a weight is: its entries must share one draw.
+    """
+    return _is_undrawn(weight) and not any(
+        isinstance(leaf, (UndrawnSample, nn.Parameter)) for leaf in tree_leaves(x)
+    )
+
+
 def _output(
-    op: Callable[..., Tensor], x: Any, weight: Any, bias: Any, floor: float = _FLOOR_EXACT
+    op: Callable[..., Tensor], x: Any, weight: Any, bias: Any, floor: int = _FLOOR_EXACT
 ) -> Tensor:
     """A draw of ``op(x, weight, bias)``, which is linear in the weight and in the bias.
 
     ``x`` is a tensor or a tuple of tensors, ``bias`` a tensor, an undrawn one, or None.
     """
-    x = tree_map(drawn, x)
-    if not isinstance(weight, UndrawnSample) or weight.is_drawn:
-        return op(x, drawn(weight), drawn(bias))
-    weight._draw.claim()
-    loc, variance = weight._moments()
+    if not _may_stay_undrawn(weight, x):
+        return op(tree_map(drawn, x), drawn(weight), drawn(bias))
+    loc, variance = weight._claim_moments()
     bias_variance = None
-    if isinstance(bias, UndrawnSample) and not bias.is_drawn:
-        bias._draw.claim()
-        bias, bias_variance = bias._moments()
+    if _is_undrawn(bias):
+        bias, bias_variance = bias._claim_moments()
     mean = op(x, loc, drawn(bias))
     # Squares leave the range of float16 first: the variance stays out of autocast.
     with _without_autocast(loc.device.type):
         squared = tree_map(lambda value: value.to(variance.dtype).square(), x)
         output_variance = op(squared, variance, bias_variance)
-    std = (output_variance.clamp(min=0.0) + floor).sqrt()
+    return _normal(mean, output_variance, floor)
+
+
+def _normal(mean: Tensor, variance: Tensor, floor: int) -> Tensor:
+    std = (variance.clamp(min=0.0) + torch.finfo(variance.dtype).eps ** floor).sqrt()
     return torch.addcmul(mean, std.to(mean.dtype), torch.randn_like(mean))
 
 
@@ -245,7 +207,28 @@ def _without_autocast(device_type: str) -> Any:
 
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> Tensor:
+    if (
+        isinstance(weight, UndrawnSample)
+        and isinstance(weight._draw.q, PrunedAdditiveNoiseNormal)
+        and weight._view is _identity
+        and _may_stay_undrawn(weight, input)
+        and not isinstance(bias, UndrawnSample)
+    ):
+        return _pruned_linear(input, weight, weight._draw.q, bias)
     return _output(F.linear, input, weight, bias)
+
+
+def _pruned_linear(
+    x: Tensor, weight: UndrawnSample, q: PrunedAdditiveNoiseNormal, bias: Tensor | None
+) -> Tensor:
+    """``F.linear`` with the rows and columns that are left."""
+    weight._draw.claim()
+    inside = UndrawnSample(q.block_loc, q.block_log_sigma2)
+    inside_bias = None if bias is None else bias.index_select(0, q.block.rows)
+    alive = _output(F.linear, x.index_select(-1, q.block.columns), inside, inside_bias)
+    shape = (*x.shape[:-1], len(weight))
+    outside = alive.new_zeros(shape) if bias is None else bias.to(alive.dtype).expand(shape)
+    return outside.index_copy(-1, q.block.rows, alive)
 
 
 def _bilinear(input1: Any, input2: Any, weight: Any, bias: Any = None) -> Tensor:
@@ -265,35 +248,32 @@ def _convolution(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return convolve
 
 
-def _product(
-    function: Callable[..., Tensor], left_name: str, right_name: str
+def _multiplication(
+    function: Callable[..., Tensor], product: Callable[..., Tensor], *names: str
 ) -> Callable[..., Tensor]:
-    """``function(left, right)``, with the weight on either side of the product."""
+    """``function(left, right)``, or ``function(bias, left, right)``; the weight on either side.
+
+    ``product`` is the function without a bias, and ``names`` what torch calls the operands.
+    """
 
     def multiply(*operands: Any, **kwargs: Any) -> Tensor:
-        # torch names the second operand `other`, `mat2`, `vec` or `tensor2`.
-        names = (left_name, right_name)[len(operands) :]
-        left, right = (*operands, *(kwargs.pop(name) for name in names))[:2]
-        if kwargs:
-            return function(drawn(left), drawn(right), **tree_map(drawn, kwargs))
-        if isinstance(right, UndrawnSample) and not right.is_drawn:
-            return _output(lambda x, weight, _: function(x, weight), left, right, None)
-        return _output(lambda x, weight, _: function(weight, x), right, left, None)
+        missing = names[len(operands) :]
+        if len(operands) > len(names) or set(kwargs) != set(missing):  # alpha, beta, out, ...
+            return function(*tree_map(drawn, operands), **tree_map(drawn, kwargs))
+        *biases, left, right = (*operands, *(kwargs[name] for name in missing))
+        bias = biases[0] if biases else None
+
+        def multiply_right(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return product(x, weight) if bias is None else function(bias, x, weight)
+
+        def multiply_left(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return multiply_right(weight, x, bias)
+
+        if _is_undrawn(right):
+            return _output(multiply_right, left, right, bias)
+        return _output(multiply_left, right, left, bias)
 
     return multiply
-
-
-def _addmm(
-    function: Callable[..., Tensor], left_name: str, right_name: str
-) -> Callable[..., Tensor]:
-    def multiply_add(input: Any, *operands: Any, **kwargs: Any) -> Tensor:
-        if set(kwargs) - {left_name, right_name}:  # alpha, beta, out
-            return function(*tree_map(drawn, (input, *operands)), **tree_map(drawn, kwargs))
-        product = torch.mm if function is torch.addmm else torch.bmm
-        drawn_product: Tensor = _product(product, left_name, right_name)(*operands, **kwargs)
-        return drawn_product + input
-
-    return multiply_add
 
 
 def _embedding(
@@ -310,13 +290,10 @@ def _embedding(
     def look_up(index: Tensor, weight: Tensor) -> Tensor:
         return F.embedding(index, weight, padding_idx, None, *args, **kwargs)
 
-    if not isinstance(weight, UndrawnSample) or weight.is_drawn:
+    if not _may_stay_undrawn(weight, input):
         return look_up(drawn(input), drawn(weight))
-    weight._draw.claim()
-    loc, variance = weight._moments()
-    mean = look_up(input, loc)
-    std = (look_up(input, variance) + _FLOOR_EXACT).sqrt()
-    return torch.addcmul(mean, std.to(mean.dtype), torch.randn_like(mean))
+    loc, variance = weight._claim_moments()
+    return _normal(look_up(input, loc), look_up(input, variance), _FLOOR_EXACT)
 
 
 def _linear_operations() -> dict[Any, Callable[..., Tensor]]:
@@ -328,21 +305,27 @@ def _linear_operations() -> dict[Any, Callable[..., Tensor]]:
         torch.conv_transpose2d,
         torch.conv_transpose3d,
     )
-    matmul = _product(torch.matmul, "input", "other")
+    matmul = _multiplication(torch.matmul, torch.matmul, "input", "other")
     operations: dict[Any, Callable[..., Tensor]] = {
         F.linear: _linear,
         F.bilinear: _bilinear,
         F.embedding: _embedding,
         torch.linalg.matmul: matmul,
-        torch.Tensor.__rmatmul__: lambda right, left: matmul(left, right),
+        Tensor.__matmul__: matmul,
+        Tensor.__rmatmul__: lambda right, left: matmul(left, right),
     }
     operations |= {function: _convolution(function) for function in convolutions}
-    for name, second in {"matmul": "other", "mm": "mat2", "bmm": "mat2", "mv": "vec"}.items():
-        multiply = _product(getattr(torch, name), "input", second)
-        operations |= {getattr(torch, name): multiply, getattr(Tensor, name): multiply}
-    operations[Tensor.__matmul__] = matmul
-    for name, names in {"addmm": ("mat1", "mat2"), "baddbmm": ("batch1", "batch2")}.items():
-        multiply = _addmm(getattr(torch, name), *names)
+    products = {
+        "matmul": ("matmul", "input", "other"),
+        "mm": ("mm", "input", "mat2"),
+        "bmm": ("bmm", "input", "mat2"),
+        "mv": ("mv", "input", "vec"),
+        "addmm": ("mm", "input", "mat1", "mat2"),
+        "addmv": ("mv", "input", "mat", "vec"),
+        "baddbmm": ("bmm", "input", "batch1", "batch2"),
+    }
+    for name, (product, *names) in products.items():
+        multiply = _multiplication(getattr(torch, name), getattr(torch, product), *names)
         operations |= {getattr(torch, name): multiply, getattr(Tensor, name): multiply}
     return operations
 
@@ -357,7 +340,7 @@ _PROPERTIES = (
 _METHODS = (
     "size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "storage_offset",
     "is_contiguous", "is_floating_point", "is_complex", "is_signed", "get_device", "__len__",
-    "__hash__",
+    "is_inference", "is_conj", "is_neg", "__hash__", "__dir__",
 )  # fmt: skip
 # Reading these draws nothing. Some exist in some versions of torch only.
 _METADATA: frozenset[Any] = frozenset(
@@ -399,11 +382,16 @@ class LocalReparameterization(Messenger):
     Args:
         drawn: Names of sites that are drawn all the same.
         reuse: As in :class:`UndrawnSample`.
+
+    Raises:
+        ValueError: ``reuse`` is unknown, or a ``pyro.plate`` is open around this handler: plates
+            belong inside, where the shape of a site is known before its value is made.
     """
 
     def __init__(self, drawn: Collection[str] = (), reuse: Reuse = "draw") -> None:
         super().__init__()
-        self.drawn, self.reuse = drawn, reuse
+        self.drawn = frozenset([drawn] if isinstance(drawn, str) else drawn)
+        self.reuse = check_reuse(reuse)
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["done"] or msg["is_observed"] or msg["value"] is not None:
@@ -414,4 +402,13 @@ class LocalReparameterization(Messenger):
         while isinstance(fn, Independent):
             fn = fn.base_dist
         if isinstance(fn, AdditiveNoiseNormal):
-            msg["value"] = UndrawnSample(fn.loc, fn.log_sigma2, msg["name"], self.reuse)
+            msg["value"] = UndrawnSample.of(fn, msg["name"], self.reuse)
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        value = msg["value"]
+        if isinstance(value, UndrawnSample) and value.shape != msg["fn"].shape():
+            raise ValueError(
+                f'at site "{msg["name"]}", the sample has shape {tuple(value.shape)} but the site '
+                f"{tuple(msg['fn'].shape())}: a plate is open around LocalReparameterization.\n"
+                "  Try opening it inside."
+            )

@@ -4,28 +4,47 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence, Sized
-from typing import Any, cast
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+    default_collate,
+)
 
-Data = tuple[Any, Tensor] | Dataset[Any] | DataLoader[Any]
+from bayes_svdo.inference.arguments import check_count
 
+Data = tuple[Any, Any] | Dataset[Any] | DataLoader[Any]
+
+_DEFAULT_BATCH_SIZE = 100
 # Tensors stay on the accelerator if they fill no more than this part of its free memory.
 _SHARE_OF_FREE_MEMORY = 0.5
+# Samplers whose epoch draws on the whole data set.
+_WHOLE = (SequentialSampler, RandomSampler, WeightedRandomSampler, DistributedSampler)
 
 
 class Batches(ABC):
     """An epoch of minibatches, each a tuple of the model's arguments, on the device.
 
     Attributes:
-        num_data: Number of data points in an epoch; None if the source cannot tell.
+        num_data: Number of data points; None if the source cannot tell.
+        targets: All targets, if they are at hand.
     """
 
     num_data: int | None
+    targets: Tensor | None
 
     @abstractmethod
     def __len__(self) -> int:
@@ -37,66 +56,121 @@ class Batches(ABC):
 
     @abstractmethod
     def first(self) -> tuple[Any, ...]:
-        """A batch to look at; takes nothing from the stream of random numbers."""
+        """A batch to look at; takes nothing from the streams of random numbers."""
 
 
 class TensorBatches(Batches):
-    """Tensors of equal length, shuffled and sliced where they are; the last may be smaller."""
+    """Tensors of equal length, shuffled and sliced where they are; the last may be smaller.
+
+    Args:
+        data: The model's arguments, each a tensor or a tuple of such; the targets last.
+        batch_size: Data points in a batch.
+        device: Where the batches go; the tensors go there at once, if they fit.
+        shuffle: Whether each epoch has an order of its own.
+    """
 
     def __init__(
-        self, tensors: Sequence[Tensor], batch_size: int, device: torch.device, shuffle: bool
+        self, data: tuple[Any, ...], batch_size: int, device: torch.device, shuffle: bool
     ) -> None:
-        fits = device.type == "cpu" or _fits(tensors, device)
-        self.tensors = tuple(t.to(device) if fits else t for t in tensors)
+        fits = _fits(tree_leaves(data), device)
+        self.data = tree_map(lambda t: t.detach().to(device) if fits else t.detach(), data)
         self.batch_size, self.device, self.shuffle = batch_size, device, shuffle
-        self.num_data = len(tensors[0])
+        self.num_data: int = len(tree_leaves(data)[0])
+        self.targets: Tensor = self.data[-1]
 
     def __len__(self) -> int:
-        return -(-len(self.tensors[0]) // self.batch_size)
+        return -(-self.num_data // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        here = self.tensors[0].device
-        order = torch.randperm(len(self.tensors[0]), device=here) if self.shuffle else None
-        for start in range(0, len(self.tensors[0]), self.batch_size):
-            span = slice(start, start + self.batch_size)
-            rows = span if order is None else order[span]
-            yield tuple(t[rows].to(self.device, non_blocking=True) for t in self.tensors)
+        order: Tensor | None = None
+        if self.shuffle:
+            order = torch.randperm(self.num_data, device=self.targets.device)
+        for start in range(0, self.num_data, self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            yield self._batch(rows if order is None else order[rows])
+
+    def _batch(self, rows: Any) -> tuple[Any, ...]:
+        batch: tuple[Any, ...] = tree_map(
+            lambda t: t[rows].to(self.device, non_blocking=True), self.data
+        )
+        return batch
 
     def first(self) -> tuple[Any, ...]:
         """The first batch in the order of the data."""
-        return tuple(t[: self.batch_size].to(self.device) for t in self.tensors)
+        return self._batch(slice(self.batch_size))
 
 
 class LoaderBatches(Batches):
-    """Batches of a DataLoader, moved to the device."""
+    """Batches of a DataLoader, moved to the device.
+
+    Args:
+        loader: Gives tuples or lists of the model's arguments.
+        device: Where the batches go.
+        dtype: What floating-point tensors are converted to; as they are if None.
+        name: What to call the data in error messages.
+        num_data: Number of data points, for a loader that cannot tell.
+
+    Raises:
+        TypeError: The loader has no length, and none follows from ``num_data``.
+        ValueError: An epoch has no batch.
+    """
 
     def __init__(
-        self, loader: DataLoader[Any], device: torch.device, dtype: torch.dtype | None
+        self,
+        loader: DataLoader[Any],
+        device: torch.device,
+        dtype: torch.dtype | None,
+        name: str,
+        num_data: int | None = None,
     ) -> None:
-        self.loader, self.device, self.dtype = loader, device, dtype
-        dataset: Any = loader.dataset
-        self.num_data = len(dataset) if isinstance(dataset, Sized) else None
-        if self.num_data is not None and loader.drop_last and loader.batch_size:
-            self.num_data -= self.num_data % loader.batch_size
+        self.loader, self.device, self.dtype, self.name = loader, device, dtype, name
+        self.num_data = _num_data(loader)
+        self.targets = None
+        dataset = loader.dataset
+        if isinstance(dataset, TensorDataset) and loader.collate_fn is default_collate:
+            self.targets = _dataset_tensors(dataset, name)[-1]
+        self._length = self._count(self.num_data if num_data is None else num_data)
+        if self._length == 0:
+            raise ValueError(
+                f"{name} gives no batches: {self.num_data} data points, batch size "
+                f"{loader.batch_size}, drop_last={loader.drop_last}."
+            )
+
+    def _count(self, num_data: int | None) -> int:
+        try:
+            return len(self.loader)
+        except TypeError:  # an IterableDataset without __len__
+            if num_data is None or self.loader.batch_size is None:
+                raise TypeError(
+                    f"{self.name} is a DataLoader without a length, from which no schedule can be "
+                    "made.\n  Try giving its dataset a __len__, the number of data points."
+                ) from None
+            return -(-num_data // self.loader.batch_size)
 
     def __len__(self) -> int:
-        return len(self.loader)
+        return self._length
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         for batch in self.loader:
-            yield tuple(self._move(batch))
+            if not isinstance(batch, (tuple, list)):
+                raise TypeError(
+                    f"{self.name} must give pairs (x, y), but gives a {type(batch).__name__}."
+                )
+            # Collating turns a tuple of inputs into a list.
+            arguments = (tuple(value) if isinstance(value, list) else value for value in batch)
+            yield tuple(tree_map(self._move, value) for value in arguments)
 
-    def _move(self, batch: Any) -> Any:
-        def move(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            return value.to(self.device, self.dtype if value.is_floating_point() else None)
-
-        return tree_map(move, batch)
+    def _move(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        dtype = self.dtype if value.is_floating_point() else None
+        return value.to(self.device, dtype, non_blocking=True)
 
     def first(self) -> tuple[Any, ...]:
         """A batch of the loader."""
-        with torch.random.fork_rng(devices=[]):
+        loader = self.loader
+        generators = {id(g): g for g in (loader.generator, getattr(loader.sampler, "generator", 0))}
+        with torch.random.fork_rng(devices=[]), _restored(list(generators.values())):
             return next(iter(self))
 
 
@@ -108,22 +182,26 @@ def make_batches(
     *,
     shuffle: bool = True,
     dtype: torch.dtype | None = None,
+    num_data: int | None = None,
 ) -> Batches:
     """Batches of ``data``.
 
     Args:
         data: A pair of tensors or arrays ``(x, y)`` with the data points along the first
-            dimension, a ``Dataset`` of such pairs, or a ``DataLoader``.
+            dimension (``x`` may be a tuple of such), a map-style ``Dataset`` of such pairs, or a
+            ``DataLoader``.
         batch_size: Data points in a batch (100 if None); must be None for a DataLoader, which has
             its own.
         device: Where the batches go.
         name: What to call the data in error messages.
         shuffle: Whether each epoch has an order of its own.
         dtype: What floating-point tensors are converted to; as they are if None.
+        num_data: Number of data points, for a loader that cannot tell.
 
     Raises:
         TypeError: ``data`` is none of these.
-        ValueError: Empty data, tensors of different lengths, or a batch size that does not fit.
+        ValueError: Empty data, tensors of different lengths, values that are not finite, or a
+            batch size that does not fit.
     """
     if isinstance(data, DataLoader):
         if batch_size is not None:
@@ -133,68 +211,111 @@ def make_batches(
             )
         if isinstance(data.dataset, Sized) and len(data.dataset) == 0:
             raise ValueError(f"{name} is empty.")
-        return LoaderBatches(data, device, dtype)
-    tensors = _tensors(data, name)
-    if tensors is None:
-        dataset: Any = data
-        if not hasattr(dataset, "__getitem__") or not isinstance(dataset, Sized):
-            raise TypeError(
-                f"{name} must be a pair of tensors (x, y), a map-style Dataset or a DataLoader, "
-                f"but is a {type(data).__name__}."
-            )
-        size = _check_batch_size(batch_size, len(dataset), name)
-        loader: DataLoader[Any] = DataLoader(cast(Any, data), batch_size=size, shuffle=shuffle)
-        return LoaderBatches(loader, device, dtype)
-    tensors = tuple(t.to(dtype) if dtype and t.is_floating_point() else t for t in tensors)
-    lengths = [len(t) for t in tensors]
-    if len(set(lengths)) > 1:
-        raise ValueError(
-            f"{name} must hold as many inputs as targets, but x has shape "
-            f"{tuple(tensors[0].shape)} and y has shape {tuple(tensors[-1].shape)}."
-        )
-    return TensorBatches(tensors, _check_batch_size(batch_size, lengths[0], name), device, shuffle)
-
-
-def _tensors(data: Any, name: str) -> tuple[Tensor, ...] | None:
+        return LoaderBatches(data, device, dtype, name, num_data)
     if isinstance(data, TensorDataset):
-        return data.tensors
-    if not isinstance(data, (tuple, list)):
-        return None
+        tensors: tuple[Any, ...] = _dataset_tensors(data, name)
+    elif isinstance(data, (tuple, list)):
+        tensors = _pair(data, name)
+    elif isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        dataset: Any = data
+        size = _check_batch_size(batch_size, len(dataset), name)
+        loader: DataLoader[Any] = DataLoader(data, batch_size=size, shuffle=shuffle)
+        return LoaderBatches(loader, device, dtype, name, num_data)
+    else:
+        raise TypeError(
+            f"{name} must be a pair of tensors (x, y), a map-style Dataset or a DataLoader, but is "
+            f"a {type(data).__name__}."
+        )
+    size = _check_batch_size(batch_size, len(tree_leaves(tensors)[0]), name)
+    if dtype is not None:
+        tensors = tree_map(lambda t: t.to(dtype) if t.is_floating_point() else t, tensors)
+    return TensorBatches(tensors, size, device, shuffle)
+
+
+def check_finite(tensor: Tensor, name: str) -> None:
+    """Refuse data with NaN or inf.
+
+    Raises:
+        ValueError: Says how many data points, and which is the first.
+    """
+    if not tensor.is_floating_point() or tensor.isfinite().all():
+        return
+    bad = ~tensor.isfinite()
+    rows = bad.flatten(1).any(1) if tensor.dim() > 1 else bad
+    raise ValueError(
+        f"{name} holds NaN or inf, in {int(rows.sum())} of {len(tensor)} data points, the first "
+        f"at index {int(rows.nonzero()[0])}."
+    )
+
+
+def _pair(data: Sequence[Any], name: str) -> tuple[Any, Tensor]:
     if len(data) != 2:
         raise TypeError(f"{name} must be a pair (x, y), but has {len(data)} elements.")
-    tensors = []
-    for letter, value in zip("xy", data, strict=True):
-        if not isinstance(value, (Tensor, np.ndarray)):
-            raise TypeError(
-                f"{name} {letter} must be a tensor or an array, but is a {type(value).__name__}."
-            )
-        tensor = torch.as_tensor(value)
-        if tensor.dim() == 0:
-            raise ValueError(f"{name} {letter} must have data points along its first dimension.")
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            rows = (
-                (~tensor.isfinite()).flatten(1).any(1) if tensor.dim() > 1 else ~tensor.isfinite()
-            )
-            raise ValueError(
-                f"{name} {letter} holds NaN or inf, in {int(rows.sum())} of {len(tensor)} data "
-                f"points, the first at index {int(rows.nonzero()[0])}."
-            )
-        tensors.append(tensor)
-    return tuple(tensors)
+    x = data[0]
+    if isinstance(x, tuple):
+        inputs: Any = tuple(_tensor(value, f"{name} x[{i}]") for i, value in enumerate(x))
+    else:
+        inputs = _tensor(x, f"{name} x")
+    pair = inputs, _tensor(data[1], f"{name} y")
+    leaves = tree_leaves(pair)
+    if len(leaves) == 1 or len({len(leaf) for leaf in leaves}) > 1:
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves[:-1]) or "()"
+        raise ValueError(
+            f"{name} must hold as many inputs as targets, but x has shape {shapes} and y has "
+            f"shape {tuple(leaves[-1].shape)}."
+        )
+    return pair
+
+
+def _tensor(value: Any, name: str) -> Tensor:
+    if isinstance(value, np.ndarray):
+        try:
+            # Torch takes no negative strides, and warns of arrays that are read-only.
+            value = torch.from_numpy(np.require(value, requirements=("C", "W")))
+        except TypeError as error:
+            raise TypeError(f"{name} has dtype {value.dtype}: {error}") from None
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor or an array, but is a {type(value).__name__}.")
+    if value.dim() == 0:
+        raise ValueError(
+            f"{name} must have data points along its first dimension, but is a scalar."
+        )
+    check_finite(value, name)
+    return value
+
+
+def _dataset_tensors(dataset: TensorDataset, name: str) -> tuple[Tensor, ...]:
+    letters = "xy" if len(dataset.tensors) == 2 else range(len(dataset.tensors))
+    for letter, tensor in zip(letters, dataset.tensors, strict=True):
+        check_finite(tensor, f"{name} {letter}")
+    return dataset.tensors
 
 
 def _check_batch_size(batch_size: int | None, num_data: int, name: str) -> int:
     if num_data == 0:
         raise ValueError(f"{name} is empty.")
     if batch_size is None:
-        return min(100, num_data)
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be an integer of at least 1, but is {batch_size!r}.")
+        return min(_DEFAULT_BATCH_SIZE, num_data)
+    batch_size = check_count("batch_size", batch_size)
     if batch_size > num_data:
         raise ValueError(
             f"batch_size={batch_size} is larger than {name}, which holds {num_data} data points."
         )
     return batch_size
+
+
+def _num_data(loader: DataLoader[Any]) -> int | None:
+    """Number of data points that a loader draws on, if that can be known."""
+    dataset: Any = loader.dataset
+    if not isinstance(dataset, Sized):
+        return None
+    if isinstance(dataset, IterableDataset):
+        return len(dataset)
+    if loader.batch_size is None:  # a batch sampler of the user's own
+        return None
+    if isinstance(loader.sampler, SubsetRandomSampler):
+        return len(loader.sampler)
+    return len(dataset) if isinstance(loader.sampler, _WHOLE) else None
 
 
 def _fits(tensors: Sequence[Tensor], device: torch.device) -> bool:
@@ -203,3 +324,14 @@ def _fits(tensors: Sequence[Tensor], device: torch.device) -> bool:
     free, _ = torch.cuda.mem_get_info(device)
     needed = sum(t.numel() * t.element_size() for t in tensors if t.device != device)
     return needed <= _SHARE_OF_FREE_MEMORY * free
+
+
+@contextmanager
+def _restored(generators: Sequence[Any]) -> Iterator[None]:
+    """Generators of random numbers as they were before."""
+    states = [(g, g.get_state()) for g in generators if isinstance(g, torch.Generator)]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)

@@ -1,15 +1,17 @@
 """Posteriors on disk: safetensors for tensors, JSON for the rest, no pickle.
 
-A saved posterior is a folder with ``posterior.json`` and ``posterior.safetensors``. It is written
-beside its place and moved there whole; the JSON carries the SHA-256 of the tensors.
+A saved posterior is a folder with ``posterior.json`` and the file of tensors that it names, whose
+own name starts with its SHA-256. The JSON is put in place last, in one step: whatever happens
+before that, the folder holds the posterior it held.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-import shutil
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,8 @@ from bayes_svdo.inference.posterior import Posterior
 from bayes_svdo.models import BayesianNetwork, Bernoulli, Categorical, Gaussian, Likelihood, build
 
 FORMAT = 1
-_JSON, _TENSORS = "posterior.json", "posterior.safetensors"
+_JSON = "posterior.json"
+_TENSORS = re.compile(r"posterior-[0-9a-f]{16}\.safetensors")
 
 
 class CheckpointError(ValueError):
@@ -39,42 +42,22 @@ def save_posterior(posterior: Posterior, path: str | os.PathLike[str]) -> Path:
     Raises:
         TypeError: The model is not a :class:`~bayes_svdo.models.BayesianNetwork`, or its prior or
             likelihood is of a class of your own.
-        FileExistsError: ``path`` exists and is not a saved posterior.
+        FileExistsError: ``path`` exists and is neither a saved posterior nor an empty folder.
     """
     target = Path(path)
     if target.exists() and not (target / _JSON).exists() and not _is_empty_folder(target):
         raise FileExistsError(f"{target} exists and is not a saved posterior.")
-    network = posterior._network()
-    tensors = _tensors(posterior)
-    packed = save_tensors(tensors)
-    description = {
-        "format": FORMAT,
-        "sha256": hashlib.sha256(packed).hexdigest(),
-        "network": getattr(network.net, "spec", None),
-        "sites": list(network.sites),
-        "num_data": network.num_data,
-        "prior": _describe_prior(network.prior),
-        "likelihood": _describe_likelihood(network.likelihood),
-        "guide": {
-            "init_log_sigma2": posterior.guide.init_log_sigma2,
-            "sigma": posterior.guide.sigma,
-        },
-        "threshold": posterior.threshold,
-        "stopped_because": posterior.stopped_because,
-        "history": list(posterior.history),
-    }
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-    try:
-        (temporary / _TENSORS).write_bytes(packed)
-        (temporary / _JSON).write_text(json.dumps(description, indent=1))
-        temporary.chmod(0o755)
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.replace(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    packed = save_tensors(_tensors(posterior))
+    digest = hashlib.sha256(packed).hexdigest()
+    tensors = f"posterior-{digest[:16]}.safetensors"
+    description = {"format": FORMAT, "tensors": tensors, "sha256": digest, **_describe(posterior)}
+    text = json.dumps(description, indent=1, allow_nan=False)
+    target.mkdir(parents=True, exist_ok=True)
+    _write(target / tensors, packed)
+    _write(target / _JSON, text.encode())
+    for file in target.iterdir():
+        if _TENSORS.fullmatch(file.name) and file.name != tensors:
+            file.unlink()
     return target
 
 
@@ -86,29 +69,43 @@ def load_posterior(path: str | os.PathLike[str], net: nn.Module | None = None) -
         net: The network, as it was given to ``BayesianNetwork``; its weights do not matter. Not
             needed for networks that :func:`bayes_svdo.models.build` made.
 
+    Returns:
+        The posterior, on the CPU.
+
     Raises:
         CheckpointError: Nothing is there, it is damaged, or it does not fit ``net``.
     """
     folder = Path(path)
     description, tensors = _read(folder)
+    try:
+        # A network of ours starts at random, and is about to be overwritten.
+        with torch.random.fork_rng(devices=[]):
+            return _rebuild(description, tensors, net, folder)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / _JSON} is damaged: {error!r}.") from error
+
+
+def _rebuild(
+    description: dict[str, Any], tensors: dict[str, Tensor], net: nn.Module | None, folder: Path
+) -> Posterior:
     if net is None:
         if description["network"] is None:
             raise CheckpointError(
                 f"{folder} holds a network of your own class.\n  Try Posterior.load(path, net=...)."
             )
         net = build(**description["network"])
-    missing = set(description["sites"]) - {name for name, _ in net.named_parameters()}
+    sites = set(description["sites"])
+    missing = sites - {name for name, _ in net.named_parameters()}
     if missing:
         raise CheckpointError(
             f"{folder} has weights that net does not: {', '.join(sorted(missing))}."
         )
-    # Likewise drawn at random, and about to be replaced.
     model = BayesianNetwork(
         net,
         _make_likelihood(description["likelihood"]),
         description["num_data"],
         _make_prior(description["prior"]),
-        where=list(description["sites"]),
+        where=lambda name, _: name in sites,
     )
     guide = AdditiveNoiseGuide(model, **description["guide"])
     for prefix, module in (("model.", model), ("guide.", guide)):
@@ -117,10 +114,9 @@ def load_posterior(path: str | os.PathLike[str], net: nn.Module | None = None) -
             for name, value in tensors.items()
             if name.startswith(prefix)
         }
-        # float64 posteriors come back as such.
         dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
-        if dtypes == {torch.float64}:
-            module.double()
+        if len(dtypes) == 1:  # float64 posteriors come back as such
+            module.to("cpu", dtypes.pop())
         try:
             module.load_state_dict(state)
         except RuntimeError as error:
@@ -128,30 +124,47 @@ def load_posterior(path: str | os.PathLike[str], net: nn.Module | None = None) -
     return Posterior(
         model.eval(),
         guide,
-        history=History(description["history"]),
-        threshold=description["threshold"],
+        history=History([_map_numbers(_from_json, row) for row in description["history"]]),
+        threshold=_from_json(description["threshold"]),
         stopped_because=description["stopped_because"],
     )
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    for name in (_JSON, _TENSORS):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} is not a saved posterior: it has no {name}.")
+    if not (folder / _JSON).is_file():
+        raise CheckpointError(f"{folder} is not a saved posterior: it has no {_JSON}.")
     try:
-        description: dict[str, Any] = json.loads((folder / _JSON).read_text())
+        description = json.loads((folder / _JSON).read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{folder / _JSON} is damaged: {error}") from None
-    if description.get("format") != FORMAT:
+    if not isinstance(description, dict) or "format" not in description:
+        raise CheckpointError(f"{folder / _JSON} does not describe a posterior.")
+    if description["format"] != FORMAT:
         raise CheckpointError(
-            f"{folder} has format {description.get('format')}; this version reads {FORMAT}."
+            f"{folder} has format {description['format']}; this version reads {FORMAT}."
         )
-    packed = (folder / _TENSORS).read_bytes()
-    if hashlib.sha256(packed).hexdigest() != description["sha256"]:
-        raise CheckpointError(
-            f"{folder / _TENSORS} is damaged: its SHA-256 is not the recorded one."
-        )
+    name = str(description.get("tensors"))
+    if not _TENSORS.fullmatch(name) or not (folder / name).is_file():
+        raise CheckpointError(f"{folder} is damaged: it has no file {name} of tensors.")
+    packed = (folder / name).read_bytes()
+    if hashlib.sha256(packed).hexdigest() != description.get("sha256"):
+        raise CheckpointError(f"{folder / name} is damaged: its SHA-256 is not the recorded one.")
     return description, load_tensors(packed)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file in full or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def _tensors(posterior: Posterior) -> dict[str, Tensor]:
@@ -162,6 +175,37 @@ def _tensors(posterior: Posterior) -> dict[str, Tensor]:
         for prefix, module in (("model.", network), ("guide.", posterior.guide))
         for name, value in module.state_dict().items()
     }
+
+
+def _describe(posterior: Posterior) -> dict[str, Any]:
+    network = posterior._network()
+    return {
+        "network": getattr(network.net, "spec", None),
+        "sites": list(network.sites),
+        "num_data": network.num_data,
+        "prior": _describe_prior(network.prior),
+        "likelihood": _describe_likelihood(network.likelihood),
+        "guide": {
+            "init_log_sigma2": posterior.guide.init_log_sigma2,
+            "sigma": posterior.guide.sigma,
+        },
+        "threshold": _to_json(posterior.threshold),
+        "stopped_because": posterior.stopped_because,
+        "history": [_map_numbers(_to_json, row) for row in posterior.history],
+    }
+
+
+def _to_json(value: float) -> float | str:
+    """JSON knows no infinity: it becomes a string."""
+    return value if math.isfinite(value) else str(float(value))
+
+
+def _from_json(value: float | str) -> float:
+    return float(value) if isinstance(value, str) else value
+
+
+def _map_numbers(function: Any, row: dict[str, Any]) -> dict[str, Any]:
+    return {name: function(value) for name, value in row.items()}
 
 
 def _is_empty_folder(path: Path) -> bool:

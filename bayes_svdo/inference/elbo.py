@@ -28,18 +28,24 @@ class ELBOTerms(NamedTuple):
     """The objective, taken apart; every tensor is scalar, in nats, and carries its gradient.
 
     Attributes:
-        nll: Expected negative log likelihood of all ``num_data`` points.
+        observed: Expected negative log likelihood of each observed site, by name, of all
+            ``num_data`` points.
         kl: ``KL[q‖p]`` of each latent site, by name, before ``kl_weight``.
         output: What the model returned.
     """
 
-    nll: Tensor
+    observed: dict[str, Tensor]
     kl: dict[str, Tensor]
     output: Any
 
+    @property
+    def nll(self) -> Tensor:
+        """Negative log likelihood, sum over the observed sites."""
+        return _sum(self.observed, like=self.kl)
+
     def total_kl(self) -> Tensor:
-        """Sum over sites."""
-        return torch.stack(list(self.kl.values())).sum() if self.kl else torch.zeros_like(self.nll)
+        """Sum over the latent sites."""
+        return _sum(self.kl, like=self.observed)
 
     def loss(self, kl_weight: float | Tensor = 1.0) -> Tensor:
         """``nll + kl_weight * KL``: the negative ELBO at ``kl_weight=1``."""
@@ -89,6 +95,10 @@ class TraceAnalyticKL_ELBO(TraceMeanField_ELBO):
         self.reuse = reuse
         self._drawn: set[str] = set()
 
+    def forget_reuse(self) -> None:
+        """Forget which weights were found to be used more than once."""
+        self._drawn.clear()
+
     def terms(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> ELBOTerms:
@@ -103,14 +113,18 @@ class TraceAnalyticKL_ELBO(TraceMeanField_ELBO):
         particles = [self._particle(model, guide, args, kwargs) for _ in range(runs)]
         if self.num_particles == 1:
             return particles[0]
+        return ELBOTerms(
+            self._mean([particle.observed for particle in particles]),
+            self._mean([particle.kl for particle in particles]),
+            particles[-1].output,
+        )
+
+    def _mean(self, particles: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         # A vectorised run sums over its particles, so dividing by their number serves both.
-        nll = torch.stack([particle.nll for particle in particles]).sum() / self.num_particles
-        kl = {
-            name: torch.stack([particle.kl[name] for particle in particles]).sum()
-            / self.num_particles
-            for name in particles[0].kl
+        return {
+            name: torch.stack([particle[name] for particle in particles]).sum() / self.num_particles
+            for name in particles[0]
         }
-        return ELBOTerms(nll, kl, particles[-1].output)
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """The negative ELBO estimate, in nats."""
@@ -135,8 +149,8 @@ class TraceAnalyticKL_ELBO(TraceMeanField_ELBO):
         while True:
             try:
                 return self._score(*self._get_trace(model, guide, args, kwargs))
-            except WeightReused as reused:
-                self._drawn.add(reused.name)
+            except WeightReused as error:
+                self._drawn.add(error.name)
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         if self.local_reparameterization:
@@ -150,37 +164,57 @@ class TraceAnalyticKL_ELBO(TraceMeanField_ELBO):
         return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
 
     def _score(self, model_trace: Any, guide_trace: Any) -> ELBOTerms:
-        nll: Any = 0.0
-        kl = {}
+        observed, kl = {}, {}
         for name, site in model_trace.nodes.items():
             if site["type"] != "sample":
                 continue
             if site["is_observed"]:
-                nll = nll - _log_prob_sum(site, self.max_plate_nesting)
+                observed[name] = -_log_prob_sum(site, self.max_plate_nesting)
+            elif name not in guide_trace.nodes:
+                raise ValueError(f'the model samples site "{name}", but the guide does not.')
             else:
                 kl[name] = self._kl(name, guide_trace.nodes[name], site)
         for name, site in guide_trace.nodes.items():
-            if site["type"] == "sample" and name not in model_trace.nodes:  # auxiliary
+            if site["type"] == "sample" and name not in model_trace.nodes:
+                if not site["infer"].get("is_auxiliary"):
+                    raise ValueError(
+                        f'the guide samples site "{name}", but the model does not.\n  Try '
+                        'infer={"is_auxiliary": True}, if the guide alone needs it.'
+                    )
+                _check_reparameterized(name, site)
                 kl[name] = _log_prob_sum(site, self.max_plate_nesting)
-        if not isinstance(nll, Tensor):
-            like = next(iter(kl.values()), torch.zeros(()))
-            nll = torch.zeros((), dtype=like.dtype, device=like.device)
-        return ELBOTerms(nll, kl, model_trace.nodes["_RETURN"]["value"])
+        return ELBOTerms(observed, kl, model_trace.nodes["_RETURN"]["value"])
 
     def _kl(self, name: str, guide_site: Any, model_site: Any) -> Tensor:
+        _check_reparameterized(name, guide_site)
         try:
             kl = kl_divergence(guide_site["fn"], model_site["fn"])
         except NotImplementedError:
-            if is_validation_enabled() and not guide_site["fn"].has_rsample:
-                raise NotImplementedError(
-                    f'at site "{name}", {guide_site["fn"]} is not reparameterized, which '
-                    "TraceAnalyticKL_ELBO needs.\n  Try pyro.infer.Trace_ELBO."
-                ) from None
             return _log_prob_sum(guide_site, self.max_plate_nesting) - _log_prob_sum(
                 model_site, self.max_plate_nesting
             )
+        if kl.shape != guide_site["fn"].batch_shape:
+            raise ValueError(
+                f'at site "{name}", the guide has batch shape '
+                f"{tuple(guide_site['fn'].batch_shape)} but the KL has {tuple(kl.shape)}: the "
+                f"model's batch shape is {tuple(model_site['fn'].batch_shape)}."
+            )
         total: Tensor = scale_and_mask(kl, scale=guide_site["scale"], mask=guide_site["mask"]).sum()
         return total
+
+
+def _sum(terms: dict[str, Tensor], like: dict[str, Tensor]) -> Tensor:
+    if terms:
+        return torch.stack(list(terms.values())).sum()
+    return torch.zeros_like(next(iter(like.values()), torch.zeros(())))
+
+
+def _check_reparameterized(name: str, site: Any) -> None:
+    if not site["fn"].has_rsample:
+        raise NotImplementedError(
+            f'at site "{name}", the guide draws from {site["fn"]}, which is not reparameterized: '
+            "the gradient of the draw would be missing.\n  Try pyro.infer.Trace_ELBO."
+        )
 
 
 def _log_prob_sum(site: Any, max_plate_nesting: Any) -> Tensor:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from copy import deepcopy
 from operator import attrgetter
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast, get_args
 
 import pyro
 import torch
@@ -20,20 +21,26 @@ from pyro.infer.autoguide import AutoGuide
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.autoguide.utils import deep_setattr
 from pyro.nn import PyroModule, PyroParam
+from pyro.ops.tensor_utils import periodic_repeat
 from torch import Tensor
 from torch.distributions import constraints
 
+from bayes_svdo._names import closest, unknown_name
 from bayes_svdo.distributions import AdditiveNoiseNormal, log_alpha
+from bayes_svdo.distributions.pruned import (
+    PRUNED_LOG_SIGMA2,
+    Block,
+    PrunedAdditiveNoiseNormal,
+)
 from bayes_svdo.models import BayesianNetwork
 
 Sigma = Literal["weight", "unit", "layer"]
 Init = Callable[[Mapping[str, Any]], Tensor] | Mapping[str, Tensor]
 
-# A pruned weight is a point mass at zero. As a Gaussian: loc = 0 and sigma = e^-30, whose
-# log_alpha (27 in float32) is so large that KL and gradient vanish.
-_PRUNED_LOG_SIGMA2 = -60.0
 # Paper's initialisation for weights that no network gives a value: N(0, 0.01²).
 _INIT_STD = 0.01
+# Part of a matrix below which the rows and columns that are left are picked out of it.
+_WORTH_PICKING_OUT = 0.5
 
 
 class AdditiveNoiseGuide(AutoGuide):
@@ -54,8 +61,10 @@ class AdditiveNoiseGuide(AutoGuide):
             start), and draws from N(0, 0.01²) for sites of a hand-written model.
 
     Raises:
-        ValueError: ``sigma`` is unknown, ``init_log_sigma2`` is not finite, or ``init`` gives a
-            value of the wrong shape or one that is not finite.
+        TypeError: ``init`` gives a value that is not a floating-point tensor, or of another dtype
+            than the network's weight.
+        ValueError: ``sigma`` is unknown, ``init_log_sigma2`` is not finite, or ``init`` names a
+            site that is not there, or gives a value of the wrong shape or one that is not finite.
         NotImplementedError: A site's support is not the real line.
     """
 
@@ -68,47 +77,83 @@ class AdditiveNoiseGuide(AutoGuide):
         *,
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
-        if sigma not in ("weight", "unit", "layer"):
-            raise ValueError(f'sigma must be "weight", "unit" or "layer", but is {sigma!r}.')
+        if sigma not in get_args(Sigma):
+            raise unknown_name("sigma", sigma, get_args(Sigma))
         if not math.isfinite(init_log_sigma2):
             raise ValueError(f"init_log_sigma2 must be finite, but is {init_log_sigma2}.")
         self.init_log_sigma2 = float(init_log_sigma2)
         self.sigma = sigma
-        values = _Initial(model, init)
+        self._init = init
+        self._has_pruned = False
+        self._blocks: dict[str, Block] = {}
         self.prototype_trace: Any
-        super().__init__(InitMessenger(values)(model), create_plates=create_plates)
+        self._initial = _Initial(model, init)
+        super().__init__(InitMessenger(self._initial)(model), create_plates=create_plates)
         if isinstance(model, BayesianNetwork):
-            self._setup_network(model, values)
+            self._setup_network(model)
 
-    def _setup_network(self, model: BayesianNetwork, values: _Initial) -> None:
+    def copy_for(self, model: Callable[..., Any]) -> AdditiveNoiseGuide:
+        """A copy of this guide for ``model``, a copy of its own model."""
+        copy = deepcopy(self)
+        copy._init, copy._initial = self._init, _Initial(model, self._init)
+        copy._model = (InitMessenger(copy._initial)(model),)
+        if self.prototype_trace is not None:
+            copy._initial.sites = self.sites
+        return copy
+
+    @property
+    def model(self) -> Callable[..., Any]:
+        """The model, each site of this guide with a value to start from.
+
+        Pyro's ``Predictive`` runs a model once on its own, which one with improper priors cannot
+        do: ``Predictive(guide.model, guide=guide, num_samples=...)`` can.
+
+        Raises:
+            RuntimeError: This guide is a ``deepcopy`` of another, without a model.
+        """
+        if self._model is None:
+            raise RuntimeError(
+                "this AdditiveNoiseGuide is a copy, and has no model.\n"
+                "  Try AdditiveNoiseGuide(model), or guide.copy_for(model)."
+            )
+        model: Callable[..., Any] = self._model[0]
+        return model
+
+    def _setup_network(self, model: BayesianNetwork) -> None:
         """A network's sites are known without data: no prototype run is needed."""
         trace = poutine.Trace()
         for name, weight in model.initial_weights().items():
             fn = model.prior.expand(weight.shape).to_event(weight.dim())
             site = {"name": name, "type": "sample", "fn": fn, "is_observed": False}
-            site |= {"value": values(site), "cond_indep_stack": (), "infer": {}}
+            site |= {"value": self._initial(site), "cond_indep_stack": (), "infer": {}}
             trace.add_node(name, **site)
         self.prototype_trace = trace
         self._setup_parameters()
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
-        self._setup_parameters()
+        try:
+            self._setup_parameters()
+        except ValueError:
+            self.prototype_trace = None
+            raise
 
     def _setup_parameters(self) -> None:
         self.loc = PyroModule()
         self.log_sigma2 = PyroModule()
         self.keep = PyroModule()
         self._event_dims: dict[str, int] = {}
-        for name, site in self.prototype_trace.iter_stochastic_nodes():
-            if not _is_real(site["fn"].support):
-                raise NotImplementedError(
-                    f'at site "{name}", AdditiveNoiseGuide needs a prior with real support, but '
-                    f"{site['fn']} has support {site['fn'].support}.\n"
-                    "  Try an AutoGuideList that gives this site another guide."
-                )
-            value = site["value"].detach()
+        sites = dict(self.prototype_trace.iter_stochastic_nodes())
+        if isinstance(self._init, Mapping):
+            for name in self._init:
+                if name not in sites:
+                    raise ValueError(
+                        f'init has a value for "{name}", which is no site of the model.'
+                        f"{closest(name, sites)} Its sites: {', '.join(sites)}."
+                    )
+        for name, site in sites.items():
             event_dim = self._event_dims[name] = site["fn"].event_dim
+            value = _for_all_of_its_plates(site["value"].detach(), site)
             loc = PyroParam(value.clone(), constraints.real, event_dim)
             log_sigma2 = torch.full(
                 self._sigma_shape(value),
@@ -122,7 +167,7 @@ class AdditiveNoiseGuide(AutoGuide):
             _submodule(self.keep, owner).register_buffer(
                 key, torch.ones_like(value, dtype=torch.bool)
             )
-        self._has_pruned = False
+        self._initial.sites = self.sites
 
     def _sigma_shape(self, value: Tensor) -> torch.Size:
         if self.sigma == "weight":
@@ -140,9 +185,9 @@ class AdditiveNoiseGuide(AutoGuide):
         loc, log_sigma2 = attrgetter(name)(self.loc), attrgetter(name)(self.log_sigma2)
         log_sigma2 = log_sigma2.expand(loc.shape)
         if self._has_pruned:
-            keep = attrgetter(name)(self.keep)
+            keep = pyro.subsample(attrgetter(name)(self.keep), event_dim=self._event_dims[name])
             loc = loc.where(keep, 0.0)
-            log_sigma2 = log_sigma2.where(keep, _PRUNED_LOG_SIGMA2)
+            log_sigma2 = log_sigma2.where(keep, PRUNED_LOG_SIGMA2)
         return loc, log_sigma2
 
     def location_parameters(self) -> list[Tensor]:
@@ -168,11 +213,39 @@ class AdditiveNoiseGuide(AutoGuide):
 
         One-way: the ``train_clip`` of the authors' code. A pruned weight gets no gradient and its
         KL is zero.
+
+        Raises:
+            ValueError: Some log alpha is NaN; nothing is pruned then.
         """
-        for name, value in self.log_alpha().items():
+        values = self.log_alpha()
+        for name, value in values.items():
+            if value.isnan().any():
+                raise ValueError(f'at site "{name}", {int(value.isnan().sum())} log alpha are NaN.')
+        for name, value in values.items():
             keep = attrgetter(name)(self.keep)
             keep &= value < threshold
+        self._find_blocks()
+
+    @torch.no_grad()
+    def _find_blocks(self) -> None:
+        """Where so many rows and columns are dead that the rest is worth picking out."""
         self._has_pruned = True
+        self._blocks = {}
+        for name in self.sites:
+            keep = attrgetter(name)(self.keep)
+            if keep.dim() == 2 and self._event_dims[name] == 2:
+                block = Block.of(keep)
+                if block.keep.numel() < _WORTH_PICKING_OUT * keep.numel():
+                    self._blocks[name] = block
+
+    def _posterior_of(self, name: str) -> AdditiveNoiseNormal:
+        # Checking that a parameter is real reads all of it, and the device waits for that.
+        if name not in self._blocks:
+            return AdditiveNoiseNormal(*self.parameters_of(name), validate_args=False)
+        loc, log_sigma2 = attrgetter(name)(self.loc), attrgetter(name)(self.log_sigma2)
+        return PrunedAdditiveNoiseNormal(
+            loc, log_sigma2.expand(loc.shape), self._blocks[name], validate_args=False
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every site; arguments as the model's (used for the prototype only)."""
@@ -185,9 +258,8 @@ class AdditiveNoiseGuide(AutoGuide):
                 for frame in site["cond_indep_stack"]:
                     if frame.vectorized:
                         stack.enter_context(plates[frame.name])
-                # Checking that a parameter is real reads all of it, and the device waits for that.
-                q = AdditiveNoiseNormal(*self.parameters_of(name), validate_args=False)
-                result[name] = pyro.sample(name, q.to_event(self._event_dims[name]))
+                q = self._posterior_of(name).to_event(self._event_dims[name])
+                result[name] = pyro.sample(name, q)
         return result
 
     @torch.no_grad()
@@ -208,13 +280,20 @@ class AdditiveNoiseGuide(AutoGuide):
             result[name] = AdditiveNoiseNormal(loc, log_sigma2).icdf(q)
         return result
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        if self._blocks:  # indices follow the parameters to another device
+            self._blocks = {name: Block(*map(fn, block)) for name, block in self._blocks.items()}
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
         # Pyro's own empties the guide that is being copied, too.
-        return {**self.__dict__, "_model": None, "master": None}
+        return {**self.__dict__, "_model": None, "_init": None, "_initial": None, "master": None}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._has_pruned = True  # the masks that come may have zeros
+        self._blocks = {}
 
 
 class _Initial:
@@ -223,11 +302,38 @@ class _Initial:
     def __init__(self, model: Callable[..., Any], init: Init | None) -> None:
         self.own = model.initial_weights() if isinstance(model, BayesianNetwork) else {}
         self.init = init
+        self.sites: tuple[str, ...] | None = None  # all, until the guide has found its own
 
-    def __call__(self, site: Mapping[str, Any]) -> Tensor:
+    def __call__(self, site: Mapping[str, Any]) -> Tensor | None:
         name, fn = site["name"], site["fn"]
-        value = self._value(site)
+        if self.sites is not None and name not in self.sites:
+            return None
+        if not _is_real(fn.support):
+            raise NotImplementedError(
+                f'at site "{name}", AdditiveNoiseGuide needs a prior with real support, but {fn} '
+                f"has support {fn.support}.\n"
+                "  Try an AutoGuideList that gives this site another guide."
+            )
         shape = fn.batch_shape + fn.event_shape
+        given = self._given(site)
+        if given is not None:
+            return self._checked(given, name, shape)
+        own = self.own.get(name)
+        return _INIT_STD * torch.randn(shape) if own is None else own
+
+    def _given(self, site: Mapping[str, Any]) -> Any:
+        if self.init is None or isinstance(self.init, Mapping):
+            return (self.init or {}).get(site["name"])
+        return self.init(site)
+
+    def _checked(self, given: Any, name: str, shape: torch.Size) -> Tensor:
+        value = torch.as_tensor(given)
+        dtype = self.own[name].dtype if name in self.own else None
+        if not value.is_floating_point() or value.dtype != (dtype or value.dtype):
+            raise TypeError(
+                f'at site "{name}", init gives dtype {value.dtype} but the site needs '
+                f"{dtype or 'a floating-point one'}."
+            )
         if value.shape != shape:
             raise ValueError(
                 f'at site "{name}", init gives shape {tuple(value.shape)} but the site has '
@@ -237,17 +343,15 @@ class _Initial:
             raise ValueError(f'at site "{name}", init gives values that are not finite.')
         return value
 
-    def _value(self, site: Mapping[str, Any]) -> Tensor:
-        name = site["name"]
-        if isinstance(self.init, Mapping):
-            if name in self.init:
-                return torch.as_tensor(self.init[name])
-        elif self.init is not None:
-            return self.init(site)
-        if name in self.own:
-            return self.own[name]
-        fn = site["fn"]
-        return _INIT_STD * torch.randn(fn.batch_shape + fn.event_shape)
+
+def _for_all_of_its_plates(value: Tensor, site: Mapping[str, Any]) -> Tensor:
+    """The value of a site that was seen in a subsample of its plates, repeated to their sizes."""
+    for frame in site["cond_indep_stack"]:
+        full_size = frame.full_size or frame.size
+        if full_size != frame.size:
+            dim = frame.dim - site["fn"].event_dim
+            value = periodic_repeat(value, full_size, dim).contiguous()
+    return value
 
 
 def _is_real(support: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from bayes_svdo.distributions.undrawn import LocalReparameterization, WeightReused
+from bayes_svdo.inference.arguments import check_count, check_threshold
 from bayes_svdo.inference.guide import AdditiveNoiseGuide
 from bayes_svdo.inference.history import History
 from bayes_svdo.models import BayesianNetwork
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import os
 
     from bayes_svdo.analysis.sparsity import SparsityTable
+
+__all__ = ["Posterior", "check_threshold", "local_parameters"]
 
 _PREDICTION_BATCH = 1000
 
@@ -62,7 +64,10 @@ class Posterior:
         """What pruning at ``threshold`` leaves, per layer and in all."""
         from bayes_svdo.analysis.sparsity import sparsity_table
 
-        num_biases = sum(p.numel() for p in self._network().net.parameters())
+        point_estimates = self.model.net if isinstance(self.model, BayesianNetwork) else self.model
+        num_biases = 0
+        if isinstance(point_estimates, nn.Module):
+            num_biases = sum(p.numel() for p in point_estimates.parameters())
         return sparsity_table(self.log_alpha(), self._threshold(threshold), num_biases)
 
     def means(self, threshold: float | None = None) -> dict[str, Tensor]:
@@ -91,7 +96,7 @@ class Posterior:
                 for key, value in list(module._buffers.items()):
                     if value is buffer:
                         del module._buffers[key]
-                        module.register_parameter(key, parameter)
+                        setattr(module, key, parameter)  # an RNN looks on
         return net.eval()
 
     @torch.no_grad()
@@ -101,7 +106,7 @@ class Posterior:
         """Output (logits, means) of the pruned mean network, shape ``(N, ...)``."""
         network = self._network()
         weights = self.means(threshold)
-        with _evaluating(network):
+        with _evaluating(network), _explained(x):
             return torch.cat(
                 [
                     functional_call(network.net, weights, batch)
@@ -137,17 +142,17 @@ class Posterior:
         network = self._network()
         if num_samples is None:
             return network.likelihood.mean(self.output(x, threshold, batch_size))
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, but is {num_samples}.")
-        with _evaluating(network), local_parameters():
+        num_samples = check_count("num_samples", num_samples)
+        reused: set[str] = set()
+        with _evaluating(network), local_parameters(), _explained(x):
             batches = [
-                torch.stack([self._draw_output(batch) for _ in range(num_samples)])
+                torch.stack([self._draw_output(batch, reused) for _ in range(num_samples)])
                 for batch in self._split(x, batch_size)
             ]
         return network.likelihood.mean(torch.cat(batches, dim=1))
 
-    def _draw_output(self, batch: tuple[Any, ...]) -> Tensor:
-        reused: set[str] = set()
+    def _draw_output(self, batch: tuple[Any, ...], reused: set[str]) -> Tensor:
+        """The network's output for one draw; ``reused`` collects weights that are used twice."""
         while True:
             guide = poutine.trace(LocalReparameterization(reused)(self.guide))
             try:
@@ -161,8 +166,7 @@ class Posterior:
                 return output
 
     def _split(self, x: Any, batch_size: int) -> Iterator[tuple[Tensor, ...]]:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, but is {batch_size}.")
+        check_count("batch_size", batch_size)
         device = self.device
         inputs = [torch.as_tensor(value) for value in (x if isinstance(x, tuple) else (x,))]
         if len(inputs[0]) == 0:
@@ -210,8 +214,8 @@ class Posterior:
             raise TypeError(
                 "this needs a BayesianNetwork, but the model is "
                 f"{getattr(self.model, '__name__', type(self.model).__name__)}, a hand-written "
-                "Pyro model.\n  Try pyro.infer.Predictive(posterior.model, guide=posterior.guide, "
-                "num_samples=...)."
+                "Pyro model.\n  Try pyro.infer.Predictive(posterior.guide.model, "
+                "guide=posterior.guide, num_samples=...)."
             )
         return self.model
 
@@ -223,29 +227,31 @@ class Posterior:
         return f"Posterior({sites}; threshold={self.threshold}, epochs={len(self.history)})"
 
 
-def check_threshold(threshold: float) -> float:
-    """The threshold on log alpha as a float.
-
-    Raises:
-        ValueError: It is NaN or not a number.
-    """
-    if (
-        isinstance(threshold, bool)
-        or not isinstance(threshold, (int, float))
-        or math.isnan(threshold)
-    ):
-        raise ValueError(f"threshold must be a number (log alpha), but is {threshold!r}.")
-    return float(threshold)
-
-
 @contextmanager
 def _evaluating(network: nn.Module) -> Iterator[None]:
-    training = network.training
+    modes = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
         yield
     finally:
-        network.train(training)
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _explained(x: Any) -> Iterator[None]:
+    """Say what ``x`` was where the network cannot take it."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError, TypeError) as error:
+        inputs = x if isinstance(x, tuple) else (x,)
+        shown = ", ".join(
+            f"shape {tuple(v.shape)}, dtype {v.dtype}" if hasattr(v, "shape") else type(v).__name__
+            for v in inputs
+        )
+        raise ValueError(f"the network cannot take x of {shown}: {error}") from error
 
 
 @contextmanager

@@ -5,6 +5,7 @@ A schedule is a function of progress, the fraction of steps done, in [0, 1).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -67,3 +68,37 @@ class ConstantThenLinear:
         if progress <= self.hold:
             return 1.0
         return (1.0 - progress) / (1.0 - self.hold)
+
+
+def as_warmup(kl_warmup: Schedule | tuple[float, float]) -> Schedule:
+    """A schedule of the KL weight, from one or from the two fractions of :class:`KLWarmup`.
+
+    Raises:
+        TypeError: It is neither.
+        ValueError: The fractions are not ``0 <= start <= end <= 1``.
+    """
+    if callable(kl_warmup):
+        return kl_warmup
+    try:
+        start, end = (float(fraction) for fraction in kl_warmup)
+    except (TypeError, ValueError):
+        raise TypeError(
+            "kl_warmup must be a function of the fraction of training done, or a pair of such "
+            f"fractions, but is {kl_warmup!r}."
+        ) from None
+    return KLWarmup(start, end)
+
+
+def value_at(schedule: Schedule, progress: float, name: str) -> float:
+    """The schedule's value at ``progress``.
+
+    Raises:
+        ValueError: It is negative, NaN or infinite.
+    """
+    value = float(schedule(progress))
+    if not 0 <= value < math.inf:
+        raise ValueError(
+            f"{name} must give numbers that are finite and not negative, but gives {value} at "
+            f"progress {progress:.3g}."
+        )
+    return value

@@ -9,19 +9,26 @@ The generative story::
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Sequence
-from copy import deepcopy
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from copy import copy, deepcopy
+from typing import Any, NoReturn, Self
 
 import pyro
 import torch
-from pyro.distributions import TorchDistribution
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
 from pyro.nn import PyroModule
+from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.distributions import Distribution
+from torch.func import functional_call
+from torch.nn.parameter import is_lazy
 
 from bayes_svdo._names import closest
-from bayes_svdo.distributions import LogUniform, UndrawnSample
+from bayes_svdo.distributions import LogUniform
+from bayes_svdo.distributions.scale_free import ScaleFreePrior
+from bayes_svdo.distributions.undrawn import drawn
 from bayes_svdo.models.likelihoods import Likelihood
 
 Where = str | type[nn.Module] | Callable[[str, Tensor], bool]
@@ -44,17 +51,20 @@ class BayesianNetwork(PyroModule):
 
     Args:
         net: Any module; called as ``net(x)``, or ``net(*x)`` if ``x`` is a tuple.
-        likelihood: ``Categorical()``, ``Bernoulli()``, ``Gaussian()`` or your own.
+        likelihood: ``Categorical()``, ``Bernoulli()``, ``Gaussian()`` or a ``Likelihood`` of yours.
         num_data: Number of data points in the training set: a batch of M is scaled by num_data / M.
-        prior: A distribution over one weight, expanded to the shape of each parameter.
+        prior: A distribution over one weight, expanded to the shape of each parameter. It moves to
+            the network's device and dtype.
         where: Which parameters get the prior: a name pattern (``"fc*.weight"``), a module type
             (all parameters of two or more dimensions of such modules), a predicate of name and
-            parameter, or a list of these (any of them). Default: every parameter of two or more
-            dimensions that does not belong to a normalisation layer.
+            parameter, or a list of these (any of them). A tied weight is chosen by any of its
+            names. Default: every trainable parameter of two or more dimensions that is not called
+            ``bias`` and does not belong to a normalisation layer.
 
     Raises:
         TypeError: ``net``, ``likelihood``, ``prior`` or ``where`` is not of its type.
-        ValueError: ``num_data`` is not a positive integer, or ``where`` selects nothing.
+        ValueError: ``num_data`` is not a positive integer, or ``where``, or an entry of it, selects
+            nothing.
     """
 
     def __init__(
@@ -62,13 +72,13 @@ class BayesianNetwork(PyroModule):
         net: nn.Module,
         likelihood: Likelihood,
         num_data: int,
-        prior: TorchDistribution | None = None,
+        prior: TorchDistributionMixin | None = None,
         where: Where | Sequence[Where] | None = None,
     ) -> None:
         super().__init__("model")
         if not isinstance(net, nn.Module):
             raise TypeError(f"net must be a torch.nn.Module, but is a {type(net).__name__}.")
-        if not isinstance(likelihood, nn.Module):
+        if not isinstance(likelihood, Likelihood):
             raise TypeError(
                 "likelihood must be an instance of one of bayes_svdo.models.likelihoods, such as "
                 f"Categorical(), but is {likelihood!r}."
@@ -79,17 +89,18 @@ class BayesianNetwork(PyroModule):
                 f"least 1, but is {num_data!r}."
             )
         prior = LogUniform() if prior is None else prior
-        if not isinstance(prior, TorchDistribution) or prior.event_shape or prior.batch_shape:
+        if not isinstance(prior, TorchDistributionMixin) or prior.event_shape or prior.batch_shape:
             raise TypeError(
                 "prior must be a Pyro distribution over one weight (empty batch and event shape), "
-                f"such as LogUniform(), but is {prior!r}."
+                f"such as LogUniform() or pyro.distributions.Normal(0.0, 1.0), but is {prior!r}."
             )
+        self.sites: tuple[str, ...] = _select(net, where)
         self.net = deepcopy(net)
+        _freeze(self.net, self.sites)
         self.likelihood = likelihood
         self.num_data = num_data
-        self.prior = prior
-        self.sites: tuple[str, ...] = _select(self.net, where)
-        _freeze(self.net, self.sites)
+        own = self.net.get_buffer(self.sites[0])
+        self.prior = _moved(prior, lambda value: value.to(own))
 
     def initial_weights(self) -> dict[str, Tensor]:
         """The net's own value of each site, by site name."""
@@ -109,95 +120,158 @@ class BayesianNetwork(PyroModule):
         Returns:
             The network's output for the sampled weights, shape ``(*samples, M, ...)``.
         """
-        weights = {name: self._sample(name) for name in self.sites}
-        output, sample_dims = self._run(weights, x)
+        net = self.net  # read once: Pyro looks through its parameters every time
+        weights = {name: self._sample(name, net.get_buffer(name)) for name in self.sites}
+        output, sample_dims = _run(net, weights, x)
         self.likelihood(output, y, self.num_data, sample_dims)
         return output
 
-    def _sample(self, name: str) -> Tensor:
-        shape = self.net.get_buffer(name).shape
-        prior = self.prior.expand(shape).to_event(len(shape))
-        value: Tensor = pyro.sample(name, prior)
+    def _sample(self, name: str, own: Tensor) -> Tensor:
+        prior = self.prior.expand(own.shape).to_event(own.dim())
+        # Pyro's Predictive finds the shapes of sites from a draw of the prior; for an improper
+        # prior, which has none, the net's own weight serves.
+        improper = isinstance(self.prior, ScaleFreePrior) and _initialised_by_sampling()
+        with InitMessenger(lambda site: own) if improper else nullcontext():
+            value: Tensor = pyro.sample(name, prior)
         return value
 
-    def _run(self, weights: dict[str, Tensor], x: Any) -> tuple[Tensor, int]:
-        """The net at these weights, and the number of leading sample dimensions of its output."""
-        inputs = x if isinstance(x, tuple) else (x,)
-        net = self.net
-        batch_shape = _sample_shape(weights, net)
-        if not batch_shape:
-            return functional_call(net, weights, inputs), 0
-        # Vectorised particles: one network per sample. Singleton dimensions come from plates.
-        flat = {
-            name: (w.draw() if isinstance(w, UndrawnSample) else w)
-            .expand(*batch_shape, *net.get_buffer(name).shape)
-            .flatten(0, len(batch_shape) - 1)
-            for name, w in weights.items()
-        }
-        run = vmap(lambda w: functional_call(net, w, inputs), randomness="different")
-        output = run(flat)
-        # The data plate is at -1: sample plates further left keep their place, without their ones.
-        samples = tuple(size for size in batch_shape if size > 1) or (1,)
-        return output.unflatten(0, samples), len(samples)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # What .to(), .cuda() and .double() do to parameters.
+        super()._apply(fn, recurse)
+        self.prior = _moved(self.prior, fn)
+        return self
 
 
-def _sample_shape(weights: dict[str, Tensor], net: nn.Module) -> torch.Size:
-    shapes = [w.shape[: w.dim() - net.get_buffer(name).dim()] for name, w in weights.items()]
-    return torch.Size(torch.broadcast_shapes(*shapes))
+def _run(net: nn.Module, weights: dict[str, Tensor], x: Any) -> tuple[Tensor, int]:
+    """The net at these weights, and the number of leading sample dimensions of its output."""
+    inputs = x if isinstance(x, tuple) else (x,)
+    shapes = {name: net.get_buffer(name).shape for name in weights}
+    batches = [w.shape[: w.dim() - len(shapes[name])] for name, w in weights.items()]
+    batch = torch.broadcast_shapes(*batches)
+    if not batch:
+        return _call(net, weights, inputs), 0
+    # Vectorised particles: one network per sample, one after the other. (Under vmap recurrent
+    # layers do not run, nor does batch normalisation in training.)
+    flat = {
+        name: drawn(w).expand(*batch, *shapes[name]).reshape(-1, *shapes[name])
+        for name, w in weights.items()
+    }
+    outputs = [
+        _call(net, {name: w[index] for name, w in flat.items()}, inputs)
+        for index in range(batch.numel())
+    ]
+    # The last dimension is where the data plate comes; plates of samples lie to its left.
+    places = batch[:-1] if len(batch) > 1 and batch[-1] == 1 else batch
+    return torch.stack(outputs).unflatten(0, places), len(places)
+
+
+def _call(net: nn.Module, weights: dict[str, Tensor], inputs: tuple[Any, ...]) -> Tensor:
+    output = functional_call(net, weights, inputs)
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"net must return one tensor, but returned a {type(output).__name__}.\n"
+            "  Try a module around it that picks what the likelihood needs."
+        )
+    return output
+
+
+@effectful(type="get_init_messengers")
+def _init_messengers() -> list[Any]:
+    """The ``InitMessenger`` handlers around this call, by Pyro's own protocol."""
+    return []
+
+
+def _initialised_by_sampling() -> bool:
+    return any(messenger.init_fn is init_to_sample for messenger in _init_messengers())
+
+
+def _moved(prior: Any, move: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of a distribution with its tensors moved."""
+    moved = copy(prior)
+    for key, value in vars(prior).items():
+        if isinstance(value, Tensor):
+            vars(moved)[key] = move(value)
+        elif isinstance(value, Distribution):
+            vars(moved)[key] = _moved(value, move)
+    return moved
+
+
+Rule = Callable[[str, Tensor, nn.Module], bool]
 
 
 def _select(net: nn.Module, where: Where | Sequence[Where] | None) -> tuple[str, ...]:
     """Names of the parameters that ``where`` chooses, in the net's own order."""
-    owners = {
-        f"{prefix}.{name}" if prefix else name: module
-        for prefix, module in net.named_modules()
-        for name, _ in module.named_parameters(recurse=False)
-    }
     parameters = dict(net.named_parameters())
-    if where is None:
-        chosen = tuple(
-            name
-            for name, parameter in parameters.items()
-            if parameter.dim() >= 2 and not isinstance(owners[name], _NORMALISATION)
-        )
-    else:
-        rules = (
-            [where]
-            if isinstance(where, (str, type)) or not isinstance(where, Sequence)
-            else list(where)
-        )
-        predicates = [_predicate(rule, owners) for rule in rules]
-        chosen = tuple(
-            name
-            for name, parameter in parameters.items()
-            if any(predicate(name, parameter) for predicate in predicates)
-        )
+    for name, parameter in parameters.items():
+        if is_lazy(parameter):
+            raise ValueError(
+                f'"{name}" has no shape yet, being of a lazy module.\n  Try net(x) once before.'
+            )
+    # A tied weight has several names and owners, and goes by its first.
+    first = {id(parameter): name for name, parameter in parameters.items()}
+    owned = [
+        (f"{prefix}.{key}" if prefix else key, parameter, module)
+        for prefix, module in net.named_modules(remove_duplicate=False)
+        for key, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+    chosen = set()
+    for rule in _rules(where):
+        choose = _predicate(rule)
+        names = {
+            first[id(parameter)]
+            for name, parameter, module in owned
+            if choose(name, parameter, module)
+        }
+        if not names:
+            hint = closest(rule, [name for name, _, _ in owned]) if isinstance(rule, str) else ""
+            _refuse(rule, hint, parameters)
+        chosen |= names
     if not chosen:
-        patterns = [rule for rule in [where] if isinstance(rule, str)]
-        hint = closest(patterns[0], parameters) if patterns else ""
-        raise ValueError(
-            f"where={where!r} selects none of the net's parameters.{hint}\n"
-            f"  The net has: {', '.join(parameters) or 'no parameters'}."
-        )
-    not_floating = [name for name in chosen if not parameters[name].is_floating_point()]
-    if not_floating:
-        raise TypeError(
-            f'"{not_floating[0]}" has dtype {parameters[not_floating[0]].dtype}; only '
-            "floating-point parameters can carry a prior."
-        )
-    return chosen
+        _refuse(where, "", parameters)
+    for name in chosen:
+        if not parameters[name].is_floating_point():
+            raise TypeError(
+                f'"{name}" has dtype {parameters[name].dtype}; only floating-point parameters can '
+                "carry a prior."
+            )
+    return tuple(name for name in parameters if name in chosen)
 
 
-def _predicate(rule: Where, owners: dict[str, nn.Module]) -> Callable[[str, Tensor], bool]:
+def _refuse(rule: object, hint: str, parameters: Mapping[str, Tensor]) -> NoReturn:
+    raise ValueError(
+        f"where={rule!r} selects none of the net's parameters.{hint}\n"
+        f"  The net has: {', '.join(parameters) or 'no parameters'}."
+    )
+
+
+def _rules(where: Where | Sequence[Where] | None) -> Sequence[Where | None]:
+    if isinstance(where, Sequence) and not isinstance(where, str):
+        return where
+    return [where]
+
+
+def _predicate(rule: Where | None) -> Rule:
+    if rule is None:
+        return _is_weight
     if isinstance(rule, str):
-        return lambda name, parameter: fnmatch.fnmatchcase(name, rule)
+        return lambda name, parameter, module: fnmatch.fnmatchcase(name, rule)
     if isinstance(rule, type) and issubclass(rule, nn.Module):
-        return lambda name, parameter: isinstance(owners[name], rule) and parameter.dim() >= 2
-    if callable(rule) and not isinstance(rule, type):
-        return rule
+        return lambda name, parameter, module: isinstance(module, rule) and parameter.dim() >= 2
+    if callable(rule) and not isinstance(rule, (type, nn.Module)):
+        return lambda name, parameter, module: rule(name, parameter)
     raise TypeError(
         "where must be a name pattern, a module type, a predicate of name and parameter, or a list "
         f"of these, but holds {rule!r}."
+    )
+
+
+def _is_weight(name: str, parameter: Tensor, module: nn.Module) -> bool:
+    return (
+        parameter.requires_grad
+        and parameter.dim() >= 2
+        and not isinstance(module, _NORMALISATION)
+        and not name.rpartition(".")[2].startswith("bias")
     )
 
 

@@ -71,6 +71,10 @@ class Likelihood(nn.Module, ABC):
             y: Targets of shape ``(M, ...)``, or None to predict.
             num_data: Number of data points that the ``M`` of this batch stand for.
             sample_dims: Number of leading sample dimensions of ``output``.
+
+        Raises:
+            ValueError: ``y`` is not of the shape that goes with ``output``, or holds more points
+                than ``num_data``.
         """
         likelihood = self.distribution(output)
         batch_size = output.shape[sample_dims]
@@ -78,6 +82,12 @@ class Likelihood(nn.Module, ABC):
             raise ValueError(
                 f"the batch holds {batch_size} data points, but num_data={num_data} is the size of "
                 "the whole training set."
+            )
+        shape = likelihood.shape()[sample_dims:]
+        if y is not None and y.shape != shape:  # would broadcast
+            raise ValueError(
+                f"y must have shape {tuple(shape)} to go with network outputs of shape "
+                f"{tuple(output.shape)}, but has shape {tuple(y.shape)}."
             )
         # Only a scored batch stands for the data set; a predicted one stands for itself.
         size = batch_size if y is None else num_data
@@ -130,7 +140,8 @@ class Bernoulli(Likelihood):
 
     def distribution(self, output: Tensor) -> dist.TorchDistribution:
         """Bernoulli with ``logits=output``."""
-        return dist.Bernoulli(logits=output)
+        bernoulli: dist.TorchDistribution = dist.Bernoulli(logits=output)
+        return bernoulli
 
     def score(self, output: Tensor, y: Tensor) -> Tensor:
         """1 where the likelier class is ``y``, mean over outputs."""
@@ -183,7 +194,7 @@ class Gaussian(Likelihood):
         """Normal around the output."""
         mean, scale = output, self.log_scale.exp()
         if self.noise == "heteroscedastic":
-            mean, log_variance = output.chunk(2, -1)
+            mean, log_variance = _halves(output)
             scale = (0.5 * log_variance).exp()
         normal: dist.TorchDistribution = dist.Normal(mean, scale)
         return normal
@@ -200,13 +211,18 @@ class Gaussian(Likelihood):
         """Targets must be floating point, of the shape of the output's means."""
         _check_floating(y, output, name)
         if self.noise == "heteroscedastic":
-            if output.dim() < 2 or output.shape[-1] % 2:
-                raise ValueError(
-                    "heteroscedastic noise needs an even last dimension of the network's output "
-                    f"(means, then log variances), but the output's shape is {tuple(output.shape)}."
-                )
-            output = output.chunk(2, -1)[0]
+            output = _halves(output)[0]
         _check_shape(y, output.shape[1:], output, name)
+
+
+def _halves(output: Tensor) -> tuple[Tensor, ...]:
+    """Means and log variances."""
+    if output.dim() < 2 or output.shape[-1] % 2:
+        raise ValueError(
+            "heteroscedastic noise needs an even last dimension of the network's output (means, "
+            f"then log variances), but the output's shape is {tuple(output.shape)}."
+        )
+    return output.chunk(2, -1)
 
 
 def _mean_over_outputs(scores: Tensor) -> Tensor:

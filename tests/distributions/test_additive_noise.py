@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.distributions import kl_divergence
 
-from bayes_svdo.distributions import AdditiveNoiseNormal, log_alpha
+from bayes_svdo.distributions import AdditiveNoiseNormal, LogUniform, log_alpha
 
 LOC = torch.tensor([[0.5, -2.0, 0.0], [1.0, 0.1, 3.0]], dtype=torch.float64)
 LOG_SIGMA2 = torch.tensor([-3.0, 0.0, 1.0], dtype=torch.float64)
@@ -92,6 +92,7 @@ def test_standard_deviation_is_not_computed_until_asked_for() -> None:
         q = AdditiveNoiseNormal(LOC, LOG_SIGMA2, validate_args=True)
         assert q.expand([4, 2, 3]).to_event(2).batch_shape == (4,)
         assert q.log_alpha.shape == q.entropy().shape == q.log_prob(LOC).shape
+        assert kl_divergence(q, LogUniform()).shape == (2, 3)
         repr(q)
     scale.assert_not_called()
 
@@ -146,9 +147,12 @@ def test_nan_parameters_are_refused_by_name(name: str) -> None:
     AdditiveNoiseNormal(**arguments, validate_args=False)
 
 
-def test_values_are_validated_when_asked() -> None:
+def test_values_are_validated_when_asked_also_after_expand() -> None:
+    nan = torch.full((3,), torch.nan)
     with pytest.raises(ValueError, match=r"within the support"):
-        AdditiveNoiseNormal(0.0, 0.0, validate_args=True).log_prob(torch.tensor(torch.nan))
+        AdditiveNoiseNormal(0.0, 0.0, validate_args=True).expand([3]).log_prob(nan)
+    quiet = AdditiveNoiseNormal(0.0, 0.0, validate_args=False).expand([3])
+    assert quiet.log_prob(nan).isnan().all()
 
 
 def test_repr_and_copy_show_the_parameters(q: AdditiveNoiseNormal) -> None:

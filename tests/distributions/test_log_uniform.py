@@ -97,7 +97,7 @@ def test_kingma_raises_above_alpha_one_unless_told_to_extrapolate() -> None:
 
 
 def test_unknown_kl_is_refused_when_the_prior_is_made() -> None:
-    with pytest.raises(ValueError, match=r"'molchanov17'.*Did you mean \"molchanov2017\"\?"):
+    with pytest.raises(ValueError, match=r'"molchanov17"\. Did you mean "molchanov2017"\?'):
         LogUniform("molchanov17")
 
 
@@ -120,13 +120,13 @@ def test_stock_mean_field_elbo_takes_the_analytic_kl(kl: str) -> None:
 
 
 def test_stock_elbo_agrees_in_the_mean_with_the_exact_kl() -> None:
-    """Monte Carlo over 4,000 draws of 6 weights; 5 standard errors: 1 failure in 2e6 seeds."""
+    """Monte Carlo over 2,000 draws of 6 weights; 5 standard errors: 1 failure in 2e6 seeds."""
     torch.manual_seed(5)
     elbo = Trace_ELBO()
     with torch.no_grad():
-        losses = torch.stack([elbo.differentiable_loss(prior_alone, guide) for _ in range(4000)])
+        losses = torch.stack([elbo.differentiable_loss(prior_alone, guide) for _ in range(2000)])
     exact = TraceMeanField_ELBO().loss(prior_alone, guide)
-    assert abs(losses.mean() - exact) < 5 * losses.std() / 4000**0.5
+    assert abs(losses.mean() - exact) < 5 * losses.std() / 2000**0.5
 
 
 def test_a_model_is_fitted_by_stock_svi() -> None:
@@ -175,11 +175,15 @@ def test_an_unguided_model_says_what_to_do() -> None:
         poutine.trace(prior_alone).get_trace()
 
 
-def test_autonormal_fits_it_once_it_knows_where_to_start() -> None:
+def test_autonormal_scores_the_density_once_it_knows_where_to_start() -> None:
+    """It hands Pyro a Delta, so its KL is by Monte Carlo: 5 standard errors, 1 failure in 2e6."""
+    torch.manual_seed(5)
     auto = AutoNormal(prior_alone, init_loc_fn=init_to_value(values={"w": LOC}), init_scale=0.2)
-    loss = TraceMeanField_ELBO().differentiable_loss(prior_alone, auto)
-    q = dist.Normal(LOC, 0.2)
-    torch.testing.assert_close(loss.double(), kl_divergence(q, LogUniform("exact")).sum())
+    elbo = TraceMeanField_ELBO()
+    with torch.no_grad():
+        losses = torch.stack([elbo.differentiable_loss(prior_alone, auto) for _ in range(1000)])
+    exact = kl_divergence(dist.Normal(LOC, 0.2), LogUniform("exact")).sum()
+    assert abs(losses.mean() - exact) < 5 * losses.std() / 1000**0.5
 
 
 def test_scale_and_mask_apply_to_the_kl() -> None:
@@ -187,10 +191,11 @@ def test_scale_and_mask_apply_to_the_kl() -> None:
     mask = torch.tensor([[True, False, True], [False, True, True]])
 
     def masked(fn: dist.Distribution) -> None:
-        with poutine.scale(scale=0.5), poutine.mask(mask=mask):
+        rows, columns = pyro.plate("rows", 2, dim=-2), pyro.plate("columns", 3, dim=-1)
+        with poutine.scale(scale=0.5), poutine.mask(mask=mask), rows, columns:
             pyro.sample("w", fn)
 
     loss = TraceMeanField_ELBO().differentiable_loss(
-        lambda: masked(LogUniform().expand([2, 3])), lambda: masked(q)
+        lambda: masked(LogUniform()), lambda: masked(q)
     )
     torch.testing.assert_close(loss, 0.5 * kl_divergence(q, LogUniform())[mask].sum())

@@ -1,0 +1,295 @@
+"""The command line ``bayes-svdo``: a thin layer over ``bayes_svdo.experiments``.
+
+What takes long to import is imported by the command that needs it, so that help is quick. A new
+command needs ``@app.command()`` and nothing else: errors, Ctrl-C and exit codes are handled in
+:class:`_Commands` for all of them.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+import traceback as tracebacks
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from bayes_svdo.experiments.runs import Run
+
+_BAD_INPUT, _INTERRUPTED = 2, 130
+# What the library raises for bad input, bad files and bad data; all else is a bug of ours.
+_EXPECTED = (ValueError, TypeError, OSError, FloatingPointError)
+
+
+class _Commands(TyperGroup):
+    """Errors as one line with exit code 2; Ctrl-C as one line with exit code 130."""
+
+    def invoke(self, ctx: Any) -> Any:  # typer's own Context, private or Click's by version
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _complain("interrupted")
+            raise typer.Exit(_INTERRUPTED) from None
+        except _EXPECTED as error:
+            if isinstance(error, OSError) and error.errno == errno.EPIPE:
+                raise  # `bayes-svdo show run | head`: no error of ours
+            if ctx.params.get("traceback"):
+                tracebacks.print_exc()
+            _complain(str(error) or type(error).__name__)
+            raise typer.Exit(_BAD_INPUT) from None
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            code = super().main(*args, **(kwargs | {"standalone_mode": False}))
+        except Exception as error:
+            # Errors of usage; their class lived in Click before it lived in Typer.
+            if not hasattr(error, "format_message"):
+                raise
+            _complain(f"{error.format_message().rstrip('.')}. See --help.")
+            code = _BAD_INPUT
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+app = typer.Typer(
+    name="bayes-svdo",
+    cls=_Commands,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_MODEL, _TRAINING, _OUTPUT = "Model and prior", "Training", "Data and output"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"bayes-svdo {version('bayes-svdo')}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+    traceback: Annotated[
+        bool,
+        typer.Option(
+            "--traceback",
+            envvar="BAYES_SVDO_TRACEBACK",
+            help="Show where an error comes from; goes before the command.",
+        ),
+    ] = False,
+) -> None:
+    """Networks that prune themselves: sparse variational dropout as probabilistic programming."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "  bayes-svdo fit --data digits --epochs 200 --lr 2e-3\n\n"
+    "  bayes-svdo fit --data mnist --root ~/data --epochs 60 --batch-size 200 --lr 2e-3 "
+    "--prune-while-training --out runs/mnist"
+)
+def fit(
+    model: Annotated[
+        str,
+        typer.Option(
+            help="lenet-300-100, dense-300, dense-256, dense-100-40, logistic-regression, "
+            "linear-regression, or the sizes of all layers: 784-256-10.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = "lenet-300-100",
+    data: Annotated[
+        str,
+        typer.Option(
+            help="digits, mnist, fashion-mnist; for regression: diabetes, boston, concrete, "
+            "energy, kin8nm, yacht.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = "digits",
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the data's files; else $BAYES_SVDO_DATA, the user's cache, or a "
+            "download into it.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the run; runs/DATA-MODEL if not given.", rich_help_panel=_OUTPUT
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace the run in --out.", rich_help_panel=_OUTPUT),
+    ] = False,
+    animation: Annotated[
+        bool,
+        typer.Option(
+            help="Draw the first layer over the epochs as a GIF.",
+            show_default=False,
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = False,
+    epochs: Annotated[
+        int, typer.Option(help="Passes over the training data.", rich_help_panel=_TRAINING)
+    ] = 100,
+    batch_size: Annotated[
+        int, typer.Option(help="Data points per step.", rich_help_panel=_TRAINING)
+    ] = 100,
+    lr: Annotated[
+        float,
+        typer.Option(
+            help="Learning rate of Adam: constant for half of training, then falling to 0.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = 1e-3,
+    sigma_lr: Annotated[
+        float | None,
+        typer.Option(help="Learning rate of log σ²; --lr if not given.", rich_help_panel=_TRAINING),
+    ] = None,
+    kl_warmup: Annotated[
+        tuple[float, float],
+        typer.Option(
+            metavar="START END",
+            help="Fractions of training between which the KL's weight rises from 0 to 1.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = (0.025, 0.1),
+    prune_while_training: Annotated[
+        bool,
+        typer.Option(
+            help="Zero pruned weights for good at the end of each epoch, once the KL has full "
+            "weight.",
+            show_default=False,
+            rich_help_panel=_TRAINING,
+        ),
+    ] = False,
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda or cuda:1.", rich_help_panel=_TRAINING)
+    ] = "auto",
+    precision: Annotated[
+        str,
+        typer.Option(help="32-true, 64-true, bf16-mixed or 16-mixed.", rich_help_panel=_TRAINING),
+    ] = "32-true",
+    seed: Annotated[
+        int,
+        typer.Option(
+            help="Of initial weights, order of the data, and noise.", rich_help_panel=_TRAINING
+        ),
+    ] = 0,
+    kl: Annotated[
+        str,
+        typer.Option(
+            help="KL to the log-uniform prior: exact, molchanov2017, poster2016 or kingma2015; "
+            "or empirical_bayes, a proper prior.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = "molchanov2017",
+    init_log_sigma2: Annotated[
+        float, typer.Option(help="Initial log σ² of every weight.", rich_help_panel=_MODEL)
+    ] = -10.0,
+    threshold: Annotated[
+        float,
+        typer.Option(help="Prune a weight where log α is at least this.", rich_help_panel=_MODEL),
+    ] = 3.0,
+) -> None:
+    """Train a network, prune it, and write a run folder: posterior, numbers and pictures.
+
+    Test error is measured once, at the end. Ctrl-C ends training early and keeps what it found.
+    """
+    from bayes_svdo.experiments import training
+
+    settings = training.Settings(
+        model=model,
+        data=data,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        sigma_lr=sigma_lr,
+        kl=kl,
+        kl_warmup=kl_warmup,
+        init_log_sigma2=init_log_sigma2,
+        threshold=threshold,
+        prune_while_training=prune_while_training,
+        precision=precision,
+        device=device,
+        seed=seed,
+        root=None if root is None else str(root),
+    )
+    place = Path("runs", f"{data}-{model}") if out is None else out
+    run, pictures = training.run(settings, place, overwrite=overwrite, animation=animation)
+    _report(run, place, pictures)
+
+
+@app.command()
+def show(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that fit or demo wrote.")],
+) -> None:
+    """Show the table of a run, and draw its pictures again."""
+    from bayes_svdo.experiments import runs
+
+    loaded = runs.load(run)
+    _report(loaded, run, runs.draw(loaded, run), finished=True)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the run.")] = Path("demo"),
+    seed: Annotated[
+        int, typer.Option(help="Of initial weights, order of the data, and noise.")
+    ] = 0,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace any run in --out, not only an earlier demo."),
+    ] = False,
+) -> None:
+    """See a network prune itself: LeNet-300-100 on 8x8 digits, in a minute or two."""
+    from bayes_svdo.experiments import demo as demonstration
+
+    typer.echo("Training LeNet-300-100 on scikit-learn's digits: a minute or two.", err=True)
+    run, pictures = demonstration.demo(out, seed, overwrite=overwrite)
+    _report(run, out, pictures)
+
+
+def _report(run: Run, folder: Path, pictures: Iterable[Path], *, finished: bool = False) -> None:
+    """Print what a run found and where it is; exit with 130 if Ctrl-C has just ended it."""
+    console = Console()
+    for part in run.report():
+        console.print(part)
+    typer.echo(f"\nRun folder: {folder}")
+    for picture in pictures:
+        typer.echo(f"  {folder / picture.name}")
+    if run.interrupted and not finished:
+        _complain(f"training was {run.summary['stopped_because']}; the run so far is in {folder}")
+        raise typer.Exit(_INTERRUPTED)
+
+
+def _complain(message: str) -> None:
+    """One line on stderr."""
+    typer.echo("bayes-svdo: " + " ".join(message.split()), err=True)
+
+
+def main() -> None:
+    """The entry point."""
+    app(prog_name="bayes-svdo")
+
+
+if __name__ == "__main__":
+    main()

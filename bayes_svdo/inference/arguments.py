@@ -1,0 +1,106 @@
+"""The numbers and names that users pass, checked before they are used."""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+import torch
+
+from bayes_svdo._names import unknown_name
+
+PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
+_DEVICES = ("auto", "cpu", "cuda", "cuda:0")
+
+
+def check_count(name: str, value: object, least: int = 1) -> int:
+    """``value`` as an ``int``.
+
+    Raises:
+        ValueError: It is not an integer of at least ``least``.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, but is {value!r}.")
+    return int(value)
+
+
+def check_rate(name: str, value: object) -> float:
+    """``value`` as a ``float``.
+
+    Raises:
+        ValueError: It is not a positive, finite number.
+    """
+    if not _is_number(value) or not 0 < float(value) < math.inf:  # type: ignore[arg-type]
+        raise ValueError(f"{name} must be a positive number, but is {value!r}.")
+    return float(value)  # type: ignore[arg-type]
+
+
+def check_threshold(threshold: object) -> float:
+    """The threshold on log alpha as a ``float``; infinity prunes nothing.
+
+    Raises:
+        ValueError: It is NaN or not a number.
+    """
+    if not _is_number(threshold) or math.isnan(threshold):  # type: ignore[arg-type]
+        raise ValueError(f"threshold must be a number (log alpha), but is {threshold!r}.")
+    return float(threshold)  # type: ignore[arg-type]
+
+
+def check_seed(seed: object) -> int | None:
+    """``seed`` as an ``int``, or None.
+
+    Raises:
+        ValueError: It is neither an integer nor None.
+    """
+    if seed is None:
+        return None
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+        raise ValueError(f"seed must be an integer or None, but is {seed!r}.")
+    return int(seed)
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Refuse a precision that is unknown, or that the device does not have.
+
+    Raises:
+        ValueError: As said.
+    """
+    if precision not in PRECISIONS:
+        raise unknown_name("precision", precision, PRECISIONS)
+    if precision == "16-mixed" and device.type == "cpu":
+        raise ValueError(
+            'precision "16-mixed" needs a CUDA device, but device is "cpu".\n'
+            '  Try precision="bf16-mixed".'
+        )
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """The device of that name; ``"auto"`` is the current CUDA device if there is one.
+
+    Raises:
+        ValueError: The name is unknown, or there is no such device.
+    """
+    available = torch.cuda.is_available()
+    if device == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if available else _CPU
+    try:
+        where = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise unknown_name("device", device, _DEVICES) from None
+    if where.type == "cpu":
+        return _CPU
+    if where.type != "cuda":
+        raise unknown_name("device", device, _DEVICES)
+    count = torch.cuda.device_count() if available else 0
+    if (where.index or 0) >= count:
+        raise ValueError(
+            f'device "{device}" is not available: this machine has {count} CUDA devices.'
+        )
+    return torch.device("cuda", torch.cuda.current_device() if where.index is None else where.index)
+
+
+_CPU = torch.device("cpu")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -1,0 +1,319 @@
+"""The training loop of ``fit``: steps, epochs, what is recorded, and when it stops."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from bayes_svdo.inference.batches import Batches
+from bayes_svdo.inference.checks import BatchCheck
+from bayes_svdo.inference.elbo import TraceAnalyticKL_ELBO
+from bayes_svdo.inference.guide import AdditiveNoiseGuide
+from bayes_svdo.inference.history import Row
+from bayes_svdo.inference.posterior import Posterior
+from bayes_svdo.inference.schedules import Schedule, value_at
+from bayes_svdo.inference.surroundings import pyro_checks
+from bayes_svdo.models import BayesianNetwork
+
+# How often the objective is read back from a GPU.
+_STEPS_BETWEEN_READS = 50
+
+
+class EpochEnd(NamedTuple):
+    """What a callback sees after each epoch.
+
+    Attributes:
+        epoch: Counted from 1.
+        row: The epoch's row of the history.
+        posterior: The posterior so far; live, so copy what you keep.
+    """
+
+    epoch: int
+    row: Row
+    posterior: Posterior
+
+
+Callback = Callable[[EpochEnd], object]
+
+
+class NonFiniteObjectiveError(FloatingPointError):
+    """Training met an objective, or led to a parameter, that is NaN or infinite, and stopped.
+
+    Attributes:
+        epoch: Epoch, counted from 1.
+        step: Step within the epoch, counted from 1.
+        sites: The sites whose term is not finite; names of parameters, if those are not.
+    """
+
+    def __init__(
+        self, epoch: int, step: int, sites: Sequence[str], detail: str, what: str = "the objective"
+    ) -> None:
+        self.epoch, self.step, self.sites = epoch, step, tuple(sites)
+        names = ", ".join(f'"{site}"' for site in sites)
+        super().__init__(
+            f"{what} is not finite at epoch {epoch}, step {step}, because of site {names}.\n"
+            f"  {detail}\n"
+            "  Try a smaller lr, inputs of a smaller scale, or a smaller initial sigma."
+        )
+
+
+class Objective(nn.Module):
+    """Model, guide and ELBO as one module: a batch to a vector of terms and a sum of scores."""
+
+    def __init__(self, model: Any, guide: AdditiveNoiseGuide, elbo: TraceAnalyticKL_ELBO) -> None:
+        super().__init__()
+        self.model, self.guide, self.elbo = model, guide, elbo
+        self.observed: list[str] = []
+        self.latent: list[str] = []
+        # What it learned of other models would change the random numbers of this run.
+        elbo.forget_reuse()
+
+    def forward(self, *batch: Any) -> tuple[Tensor, Tensor]:
+        """Negative log likelihood of each observed site and KL of each latent one; the score."""
+        terms = self.elbo.terms(self.model, self.guide, *batch)
+        self.observed, self.latent = list(terms.observed), list(terms.kl)
+        vector = torch.stack([*terms.observed.values(), *terms.kl.values()])
+        if not isinstance(self.model, BayesianNetwork):
+            return vector, vector.new_zeros(())
+        output = terms.output.detach()
+        if self.elbo.vectorize_particles and self.elbo.num_particles > 1:
+            output = output.mean(0)
+        return vector, self.model.likelihood.score(output, batch[1]).sum()
+
+
+class TrainingRun:
+    """One training run."""
+
+    def __init__(
+        self,
+        *,
+        fabric: Fabric,
+        posterior: Posterior,
+        objective: Objective,
+        batches: Batches,
+        check: BatchCheck | None,
+        validation: Batches | None,
+        epochs: int,
+        rates: tuple[float, float],
+        lr_schedule: Schedule,
+        kl_warmup: Schedule,
+        prune_while_training: bool,
+        callbacks: Sequence[Callback],
+    ) -> None:
+        self.fabric, self.posterior, self.batches, self.check = fabric, posterior, batches, check
+        self.validation, self.epochs, self.rates = validation, epochs, rates
+        self.lr_schedule, self.kl_warmup = lr_schedule, kl_warmup
+        self.prune_while_training, self.callbacks = prune_while_training, callbacks
+        self.core = objective
+        model = posterior.model
+        self.num_data = model.num_data if isinstance(model, BayesianNetwork) else batches.num_data
+        self.objective, self.optimizer = fabric.setup(objective, self._optimizer(objective))
+        self.kl_weight = 0.0
+        # Reading a step's objective makes a CPU wait for the GPU.
+        self.delayed = self.fabric.device.type != "cpu"
+
+    def _optimizer(self, objective: Objective) -> torch.optim.Optimizer:
+        sigma = objective.guide.sigma_parameters()
+        of_sigma = {id(p) for p in sigma}
+        others = [p for p in objective.parameters() if p.requires_grad and id(p) not in of_sigma]
+        lr, sigma_lr = self.rates
+        groups = [
+            {"params": others, "lr": lr, "base_lr": lr},
+            {"params": sigma, "lr": sigma_lr, "base_lr": sigma_lr},
+        ]
+        return torch.optim.Adam(groups, fused=True)
+
+    def train(self, progress: bool) -> None:
+        """All epochs, or until a callback or Ctrl-C ends it."""
+        posterior = self.posterior
+        posterior.stopped_because = f"all {self.epochs} epochs were done"
+        with tqdm(total=self.epochs, unit="epoch", disable=not progress) as bar:
+            try:
+                for epoch in range(1, self.epochs + 1):
+                    row = self._epoch(epoch)
+                    posterior.history.append(row)
+                    bar.set_postfix(_shown(row))
+                    bar.update()
+                    end = EpochEnd(epoch, row, posterior)
+                    answers = [callback(end) for callback in self.callbacks]
+                    if any(map(_is_true, answers)):
+                        posterior.stopped_because = f"a callback ended training at epoch {epoch}"
+                        break
+            except KeyboardInterrupt:
+                done = len(posterior.history)
+                posterior.stopped_because = f"interrupted after epoch {done} of {self.epochs}"
+                warnings.warn(
+                    f"training was {posterior.stopped_because}; this is the posterior so far.",
+                    stacklevel=3,
+                )
+        if isinstance(posterior.model, nn.Module):
+            posterior.model.eval()
+
+    def _epoch(self, epoch: int) -> Row:
+        started = time.perf_counter()
+        if isinstance(self.posterior.model, nn.Module):
+            self.posterior.model.train()
+        steps = len(self.batches)
+        record: list[Tensor] = []
+        score: Any = 0.0
+        seen = 0
+        for step, batch in enumerate(self.batches):
+            if self.check is not None and epoch == 1:
+                self.check(batch, step + 1)
+            done = (epoch - 1) * steps + step
+            terms, batch_score = self._forward(batch, done / (self.epochs * steps), done == 0)
+            record.append(terms.detach())
+            score, seen = score + batch_score, seen + len(batch[-1])
+            if not self.delayed:
+                self._check_finite(record[-1:], epoch, step)
+            elif len(record) % _STEPS_BETWEEN_READS == 0:
+                self._check_finite(record[-_STEPS_BETWEEN_READS:], epoch, step)
+            self.fabric.backward(terms[0] / (self.num_data or 1))
+            self.optimizer.step()
+        if not record:
+            raise ValueError(f"train gives no batches in epoch {epoch}.")
+        self._check_finite(record[-_STEPS_BETWEEN_READS:], epoch, len(record) - 1)
+        self._check_parameters_finite(epoch, len(record))
+        return self._row(epoch, torch.stack(record), score, seen, started)
+
+    def _forward(
+        self, batch: tuple[Any, ...], progress: float, first: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Loss, negative log likelihoods and KLs, in this order; and the summed metric."""
+        progress = min(progress, 1.0)  # a loader may give more batches than it said
+        factor = value_at(self.lr_schedule, progress, "lr_schedule")
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        self.kl_weight = value_at(self.kl_warmup, progress, "kl_warmup")
+        self.optimizer.zero_grad()
+        with pyro_checks(structure=first):
+            terms, score = self.objective(*batch)
+        observed = len(self.core.observed)
+        weight = self.kl_weight * self.core.elbo.kl_weight
+        loss = terms[:observed].sum() + weight * terms[observed:].sum()
+        return torch.cat([loss[None], terms]), score.detach()
+
+    def _check_finite(self, record: Sequence[Tensor], epoch: int, last: int) -> None:
+        """Refuse terms that are not finite; the last ones are those of step ``last``, from 0."""
+        terms = torch.stack(list(record))
+        finite = terms.isfinite()
+        if finite.all():
+            return
+        step = int((~finite).any(1).nonzero()[0])
+        names = ["the sum of all terms", *self.core.observed, *self.core.latent]
+        bad = [name for name, ok in zip(names, finite[step].tolist(), strict=True) if not ok]
+        bad = bad[1:] or bad
+        if self.delayed:  # what the parameters are now, they have become since
+            detail = "It was not finite in the first place; parameters may have followed since."
+        else:
+            detail = self._detail(bad, self._not_finite())
+        raise NonFiniteObjectiveError(epoch, last + 2 - len(record) + step, bad, detail)
+
+    def _check_parameters_finite(self, epoch: int, steps: int) -> None:
+        bad = self._not_finite()
+        if bad:
+            detail = self._detail([], bad)
+            raise NonFiniteObjectiveError(epoch, steps, list(bad), detail, "the posterior")
+
+    @torch.no_grad()
+    def _not_finite(self) -> dict[str, str]:
+        """Which parameters are not finite: by site, or by the name of a point estimate."""
+        guide, bad = self.posterior.guide, {}
+        for site in guide.sites:
+            for part, value in zip(("loc", "log_sigma2"), guide.parameters_of(site), strict=True):
+                if not value.isfinite().all():
+                    count = int((~value.isfinite()).sum())
+                    bad[site] = f"{count} of the {value.numel()} values of its {part}"
+        if isinstance(self.posterior.model, nn.Module):
+            for name, value in self.posterior.model.named_parameters():
+                if not value.isfinite().all():
+                    count = int((~value.isfinite()).sum())
+                    bad[name] = f"{count} of the {value.numel()} values of this point estimate"
+        return bad
+
+    def _detail(self, sites: Sequence[str], parameters: dict[str, str]) -> str:
+        if parameters:
+            name, what = next(iter(parameters.items()))
+            return f'At "{name}", {what} are not finite.'
+        if set(sites) & set(self.core.observed):
+            return "Its log likelihood is not finite, though all parameters are."
+        if set(sites) & set(self.core.latent):
+            return "Its KL is not finite, though all parameters are."
+        return "It overflows, though none of its terms does."
+
+    @torch.no_grad()
+    def _row(self, epoch: int, record: Tensor, score: Any, seen: int, started: float) -> Row:
+        posterior, num_data = self.posterior, self.num_data or 1
+        if self.prune_while_training and self.kl_weight >= 1.0:
+            posterior.guide.prune_(posterior.threshold)
+        means = dict(
+            zip(("", *self.core.observed, *self.core.latent), record.mean(0).tolist(), strict=True)
+        )
+        row: Row = {
+            "epoch": epoch,
+            "step": epoch * len(self.batches),
+            "nll": sum(means[name] for name in self.core.observed) / num_data,
+            "kl": sum(means[name] for name in self.core.latent),
+            "objective": means[""] / num_data,
+            "kl_weight": float(self.kl_weight * self.core.elbo.kl_weight),
+            "lr": self.optimizer.param_groups[0]["lr"],
+        }
+        model = posterior.model
+        if isinstance(model, BayesianNetwork):
+            row[model.likelihood.metric.lower()] = model.likelihood.reduce(score[None] / seen)
+        row |= {f"kl/{name}": means[name] for name in self.core.latent}
+        total, nonzero = 0, 0
+        for name, log_alpha in posterior.log_alpha().items():
+            kept = int((log_alpha < posterior.threshold).sum())
+            row[f"sparsity/{name}"] = 100.0 * (1 - kept / log_alpha.numel())
+            total, nonzero = total + log_alpha.numel(), nonzero + kept
+        row["nonzero"] = nonzero
+        row["compression"] = total / nonzero if nonzero else math.inf
+        if self.validation is not None:
+            row |= evaluate(posterior, self.validation)
+        row["seconds"] = time.perf_counter() - started
+        return row
+
+
+@torch.no_grad()
+def evaluate(
+    posterior: Posterior, data: Batches, threshold: float | None = None, prefix: str = "validation"
+) -> Row:
+    """The pruned mean network on labelled data.
+
+    Returns:
+        ``<prefix>_<metric>`` (accuracy, rmse) and ``<prefix>_nll`` (nats per data point).
+    """
+    model = posterior._network()
+    scores, nll = [], 0.0
+    for x, y in data:
+        output = posterior.output(x, threshold)
+        scores.append(model.likelihood.score(output, y))
+        nll -= float(model.likelihood.distribution(output).log_prob(y).sum())
+    joined = torch.cat(scores)
+    return {
+        f"{prefix}_{model.likelihood.metric.lower()}": model.likelihood.reduce(joined),
+        f"{prefix}_nll": nll / len(joined),
+    }
+
+
+def _shown(row: Row) -> dict[str, str]:
+    shown = {"nll": f"{row['nll']:.4f}", "kl": f"{row['kl']:.0f}"}
+    for metric in ("accuracy", "rmse"):
+        for name in (metric, f"validation_{metric}"):
+            if name in row:
+                shown[name.replace("validation", "val")] = f"{row[name]:.4f}"
+    return shown | {"compression": f"{row['compression']:.1f}x"}
+
+
+def _is_true(answer: object) -> bool:
+    return isinstance(answer, (bool, np.bool_)) and bool(answer)
