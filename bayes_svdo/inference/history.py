@@ -19,7 +19,8 @@ class History(Sequence[Row]):
     - ``nll``: mean negative log likelihood of a training point under the noise, nats.
     - ``kl``: KL of all weights, nats, before ``kl_weight``; ``kl/<site>``: of one site.
     - ``objective``: ``nll + kl_weight * kl / num_data``, mean over the epoch's steps.
-    - ``kl_weight``, ``lr``: at the last step of the epoch.
+    - ``kl_weight``, ``lr``: at the last step of the epoch; the former is the product of the
+      schedule's and the objective's own.
     - ``accuracy`` or ``rmse``: of the noisy network on the training batches.
     - ``validation_...``: the same metric, and ``validation_nll``, of the pruned mean network.
     - ``nonzero``, ``compression``: weights with log alpha below the threshold, and all / those.

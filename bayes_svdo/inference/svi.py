@@ -86,7 +86,7 @@ def fit(
             function of the fraction of steps done.
         validation: Data as ``train``; the pruned mean network is evaluated on it every epoch.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
-        precision: ``"32-true"``, ``"64-true"``, ``"bf16-mixed"`` or ``"16-mixed"``.
+        precision: ``"32-true"``, ``"64-true"``, ``"bf16-mixed"`` or, on CUDA, ``"16-mixed"``.
         threshold: A weight counts as pruned where ``log alpha >= threshold``.
         prune_while_training: Zero such weights for good, at the end of every epoch from the one in
             which the KL first has full weight: the ``train_clip`` of the paper's code.

@@ -144,7 +144,7 @@ class BayesianNetwork(PyroModule):
 
 def _run(net: nn.Module, weights: dict[str, Tensor], x: Any) -> tuple[Tensor, int]:
     """The net at these weights, and the number of leading sample dimensions of its output."""
-    inputs = x if isinstance(x, tuple) else (x,)
+    inputs = x if type(x) is tuple else (x,)  # a PackedSequence is a tuple, too, and one input
     shapes = {name: net.get_buffer(name).shape for name in weights}
     batches = [w.shape[: w.dim() - len(shapes[name])] for name, w in weights.items()]
     batch = torch.broadcast_shapes(*batches)
@@ -196,7 +196,7 @@ def _moved(prior: Any, move: Callable[[Tensor], Tensor]) -> Any:
     return moved
 
 
-Rule = Callable[[str, Tensor, nn.Module], bool]
+_Rule = Callable[[str, Tensor, nn.Module], bool]
 
 
 def _select(net: nn.Module, where: Where | Sequence[Where] | None) -> tuple[str, ...]:
@@ -251,7 +251,7 @@ def _rules(where: Where | Sequence[Where] | None) -> Sequence[Where | None]:
     return [where]
 
 
-def _predicate(rule: Where | None) -> Rule:
+def _predicate(rule: Where | None) -> _Rule:
     if rule is None:
         return _is_weight
     if isinstance(rule, str):

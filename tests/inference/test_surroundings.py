@@ -24,12 +24,17 @@ def flushes() -> bool:
 def test_denormals_are_flushed_for_the_time_being(before: bool) -> None:
     torch.set_flush_denormal(before)
     try:
-        with pytest.raises(ZeroDivisionError), denormals_flushed(CPU):
+        with denormals_flushed(CPU):
             assert flushes()
-            raise ZeroDivisionError
         assert flushes() == before
     finally:
         torch.set_flush_denormal(False)
+
+
+def test_denormals_are_numbers_again_after_an_error() -> None:
+    with pytest.raises(ZeroDivisionError), denormals_flushed(CPU):
+        raise ZeroDivisionError
+    assert not flushes()
 
 
 def test_denormals_of_a_cpu_are_nothing_to_a_gpu() -> None:
