@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from bayes_svdo.inference.batches import Batches
 from bayes_svdo.inference.checks import BatchCheck
