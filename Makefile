@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 	$(BIN)/bayes-svdo demo --out demo
 
 test: lint
-	$(BIN)/python -m pytest -n $(JOBS) --cov --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cov --cov-report=term $(ARGS)
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .
