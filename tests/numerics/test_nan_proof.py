@@ -97,6 +97,3 @@ def test_ours_is_finite_over_ten_times_as_many_steps(digits):
         assert log_alpha.isfinite().all()
         assert loc.isfinite().all()
         assert log_sigma2.isfinite().all()
-    # Weights did get to where the square of a float32 underflows.
-    smallest = min(loc.abs().min() for loc in posterior.guide.median().values())
-    assert smallest**2 == 0
