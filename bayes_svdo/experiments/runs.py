@@ -212,19 +212,19 @@ def draw(run: Run, folder: Path, snapshots: Snapshots | None = None) -> list[Pat
     Returns:
         The pictures in the folder, in the order of ``PICTURES``.
     """
-    from bayes_svdo.analysis import plots
+    from bayes_svdo import analysis
 
     posterior = run.posterior
     image_shape = _image_shape(run)
     if len(posterior.history):
-        _draw(folder / _TRAINING, lambda: plots.plot_training(posterior.history))
-    _draw(folder / _LOG_ALPHA, lambda: plots.plot_log_alpha(posterior))
+        _draw(folder / _TRAINING, lambda: analysis.plot_training(posterior.history))
+    _draw(folder / _LOG_ALPHA, lambda: analysis.plot_log_alpha(posterior))
     _draw(
         folder / _WEIGHTS,
-        lambda: plots.plot_weights_before_after(posterior, image_shape=image_shape),
+        lambda: analysis.plot_weights_before_after(posterior, image_shape=image_shape),
     )
     if snapshots is not None and len(snapshots):
-        plots.animate_sparsification(snapshots, folder / _ANIMATION, image_shape)
+        analysis.animate_sparsification(snapshots, folder / _ANIMATION, image_shape)
     return [folder / name for name in PICTURES if (folder / name).exists()]
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bayes_svdo import data
-from bayes_svdo.analysis import plots
+from bayes_svdo import analysis, data
 from bayes_svdo.analysis.snapshots import Snapshots
 from bayes_svdo.experiments import runs
 from bayes_svdo.experiments.runs import Run, RunError
@@ -144,7 +143,7 @@ def test_a_picture_that_fails_leaves_the_old_one(run, tmp_path, monkeypatch):
             Path(path).write_bytes(b"half")
             raise OSError("No space left on device")
 
-    monkeypatch.setattr(plots, "plot_training", lambda history: Fails())
+    monkeypatch.setattr(analysis, "plot_training", lambda history: Fails())
     with pytest.raises(OSError, match="No space"):
         runs.draw(run, place)
     assert (place / "training.png").read_bytes() == b"old"
