@@ -30,13 +30,6 @@ from bayes_svdo.distributions.additive_noise import AdditiveNoiseNormal
 from bayes_svdo.distributions.draw import Draw, Reuse, WeightReused, check_reuse
 from bayes_svdo.distributions.pruned import PrunedAdditiveNoiseNormal
 
-# Added to a variance under its square root, where the slope of the root is infinite: this power of
-# the dtype's rounding error, for outputs of order one. Products of a linear layer are exact zeros
-# for a zero input, so next to nothing does; the transforms of fast convolutions leave rounding
-# errors of either sign, which a larger floor keeps from being blown up.
-_FLOOR_EXACT = 4
-_FLOOR_ROUNDED = 2
-
 __all__ = ["LocalReparameterization", "Reuse", "UndrawnSample", "WeightReused", "drawn"]
 
 
@@ -175,11 +168,12 @@ def _may_stay_undrawn(weight: Any, x: Any) -> bool:
 
 
 def _output(
-    op: Callable[..., Tensor], x: Any, weight: Any, bias: Any, floor: int = _FLOOR_EXACT
+    op: Callable[..., Tensor], x: Any, weight: Any, bias: Any, spatial_dims: int = 0
 ) -> Tensor:
     """A draw of ``op(x, weight, bias)``, which is linear in the weight and in the bias.
 
-    ``x`` is a tensor or a tuple of tensors, ``bias`` a tensor, an undrawn one, or None.
+    ``x`` is a tensor or a tuple of tensors, ``bias`` a tensor, an undrawn one, or None;
+    ``spatial_dims`` are those of a convolution.
     """
     if not _may_stay_undrawn(weight, x):
         return op(tree_map(drawn, x), drawn(weight), drawn(bias))
@@ -192,11 +186,24 @@ def _output(
     with _without_autocast(loc.device.type):
         squared = tree_map(lambda value: value.to(variance.dtype).square(), x)
         output_variance = op(squared, variance, bias_variance)
-    return _normal(mean, output_variance, floor)
+    return _normal(mean, output_variance, spatial_dims)
 
 
-def _normal(mean: Tensor, variance: Tensor, floor: int) -> Tensor:
-    std = (variance.clamp(min=0.0) + torch.finfo(variance.dtype).eps ** floor).sqrt()
+def _normal(mean: Tensor, variance: Tensor, spatial_dims: int = 0) -> Tensor:
+    """A draw from ``N(mean, variance)``.
+
+    A variance of zero, as of a zero input, needs something added: the slope of its root is
+    infinite. Next to nothing does for sums of products, which are zero exactly. Fast convolutions
+    (Winograd, FFT) leave rounding errors of either sign, in proportion to the largest variance of
+    the feature map, whose slope would swamp the gradient: that much is added to all of the map.
+    """
+    eps = torch.finfo(variance.dtype).eps
+    variance = variance.clamp(min=0.0)
+    floor: float | Tensor = eps**4
+    if spatial_dims:
+        positions = tuple(range(-spatial_dims, 0))
+        floor = eps**4 + eps * variance.detach().amax(positions, keepdim=True)
+    std = (variance + floor).sqrt()
     return torch.addcmul(mean, std.to(mean.dtype), torch.randn_like(mean))
 
 
@@ -238,12 +245,12 @@ def _bilinear(input1: Any, input2: Any, weight: Any, bias: Any = None) -> Tensor
     return _output(op, (input1, input2), weight, bias)
 
 
-def _convolution(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _convolution(function: Callable[..., Tensor], spatial_dims: int) -> Callable[..., Tensor]:
     def convolve(input: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         def op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             return function(x, weight, bias, *args, **kwargs)
 
-        return _output(op, input, weight, bias, floor=_FLOOR_ROUNDED)
+        return _output(op, input, weight, bias, spatial_dims)
 
     return convolve
 
@@ -293,18 +300,10 @@ def _embedding(
     if not _may_stay_undrawn(weight, input):
         return look_up(drawn(input), drawn(weight))
     loc, variance = weight._claim_moments()
-    return _normal(look_up(input, loc), look_up(input, variance), _FLOOR_EXACT)
+    return _normal(look_up(input, loc), look_up(input, variance))
 
 
 def _linear_operations() -> dict[Any, Callable[..., Tensor]]:
-    convolutions = (
-        torch.conv1d,
-        torch.conv2d,
-        torch.conv3d,
-        torch.conv_transpose1d,
-        torch.conv_transpose2d,
-        torch.conv_transpose3d,
-    )
     matmul = _multiplication(torch.matmul, torch.matmul, "input", "other")
     operations: dict[Any, Callable[..., Tensor]] = {
         F.linear: _linear,
@@ -314,7 +313,9 @@ def _linear_operations() -> dict[Any, Callable[..., Tensor]]:
         Tensor.__matmul__: matmul,
         Tensor.__rmatmul__: lambda right, left: matmul(left, right),
     }
-    operations |= {function: _convolution(function) for function in convolutions}
+    for dims in (1, 2, 3):
+        for name in (f"conv{dims}d", f"conv_transpose{dims}d"):
+            operations[getattr(torch, name)] = _convolution(getattr(torch, name), dims)
     products = {
         "matmul": ("matmul", "input", "other"),
         "mm": ("mm", "input", "mat2"),

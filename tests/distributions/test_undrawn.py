@@ -192,7 +192,7 @@ def test_output_has_the_moments_of_drawn_weights_by_monte_carlo(name: str) -> No
     constant = variance_s < 1e-20  # the edge of a transposed convolution is bias alone
     error = (mean - mean_s).abs() - 6 * ((variance + variance_s) / draws).sqrt()
     assert (error < torch.where(constant, 1e-12, 0.0)).all()
-    assert (variance[constant] < 1e-20).all()
+    assert (variance[constant] < 10 * torch.finfo(loc.dtype).eps * variance.max()).all()
     # Both are Gaussian: the log of a sample variance has standard error sqrt(2 / (draws - 1)).
     ratio = (variance / variance_s)[~constant]
     assert (ratio.log().abs() < 6 * (4 / (draws - 1)) ** 0.5).all()
@@ -356,45 +356,67 @@ def test_the_whole_batch_may_be_zero() -> None:
     assert torch.equal(log_sigma2.grad, torch.zeros(3, 4))
 
 
-def test_a_slightly_negative_variance_counts_as_zero() -> None:
-    """Fast convolutions round: theory has 12 % of variances near blank regions below zero."""
-
-    def convolution(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv2d(x, w, bias) - 2e-8 * (x.min() >= 0)  # squares only
-
-    x = -torch.ones(1, 1, 4, 4)
-    x[..., :3, :3] = 0.0
-    loc, log_sigma2 = parameters(2, 1, 3, 3, dtype=torch.float32)
-    op = undrawn_module._output
-    output = op(convolution, x, UndrawnSample(loc, log_sigma2), None, floor=2)
-    assert output.isfinite().all()
-    assert output[0, :, 0, 0].abs().max() < 6e-7  # blank: the floor's noise, at six sigma
-    output.sum().backward()
-    assert log_sigma2.grad is not None
-    assert log_sigma2.grad.isfinite().all()
-    assert (log_sigma2.grad != 0).any()
+def fft_conv2d(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A fast convolution, with the rounding errors of one."""
+    size = x.shape[-2:]
+    spectrum = torch.einsum("nihw,oihw->nohw", torch.fft.rfft2(x), torch.fft.rfft2(w, size).conj())
+    output = torch.fft.irfft2(spectrum, size)
+    output = output[..., : size[0] - w.shape[-2] + 1, : size[1] - w.shape[-1] + 1]
+    return output if bias is None else output + bias[:, None, None]
 
 
-def test_rounding_in_blank_regions_does_not_swamp_the_gradient() -> None:
-    """float32 convolutions against float64, same noise; the floor bounds 1 / (2 sqrt(variance))."""
-    image = torch.zeros(1, 3, 16, 16)
-    image[..., 5:9, 5:9] = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(1))
-    loc, log_sigma2 = parameters(4, 3, 3, 3, log_sigma2=-10.0, dtype=torch.float32)
-    gradients = []
-    for dtype in (torch.float32, torch.float64):
-        leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in (loc, log_sigma2)]
-        with fixed_noise_of(dtype):
-            F.conv2d(image.to(dtype), UndrawnSample(*leaves), padding=1).square().sum().backward()
-        gradients.append([leaf.grad for leaf in leaves])
-    for single, double in zip(*gradients, strict=True):
+@pytest.mark.parametrize("log_sigma2", [-25.0, -10.0, -4.0, 0.0])
+def test_rounding_errors_of_a_fast_convolution_do_not_swamp_its_gradient(
+    log_sigma2: float,
+) -> None:
+    """float32 with an FFT against float64 without, same noise, an image that is mostly blank.
+
+    The variance comes out negative for a third of the pixels; with nothing but a tiny number added
+    to it the gradient would be wrong by a factor of 1e4 and more.
+    """
+    generator = torch.Generator().manual_seed(1)
+    image = torch.zeros(1, 3, 32, 32)
+    image[..., 12:18, 12:18] = torch.rand(1, 3, 6, 6, generator=generator)
+    kernel = torch.randn(4, 3, 3, 3, generator=generator)
+    log_kernel = torch.full((4, 3, 3, 3), log_sigma2)
+    rough = fft_conv2d(image.square(), log_kernel.exp())
+    assert (rough < 0).float().mean() > 0.2
+    values = torch.randn(1, 4, 30, 30, generator=generator)
+    found = []
+    for dtype, convolve in ((torch.float32, fft_conv2d), (torch.float64, F.conv2d)):
+        leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in (kernel, log_kernel)]
+        with mock.patch.object(torch, "randn_like", return_value=values.to(dtype)):
+            convolution = undrawn_module._convolution(convolve, spatial_dims=2)
+            output = convolution(image.to(dtype), UndrawnSample(*leaves))
+        output.sum().backward()
+        found.append((output.detach(), *(leaf.grad for leaf in leaves)))
+    for single, double in zip(*found, strict=True):
         assert single is not None
         assert double is not None
-        assert (single - double).norm() < 1e-4 * double.norm()
+        assert single.isfinite().all()
+        assert (single - double).norm() < 2e-3 * double.norm()
 
 
-def fixed_noise_of(dtype: torch.dtype) -> Any:
-    values = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
-    return mock.patch.object(torch, "randn_like", return_value=values.to(dtype))
+def test_a_variance_that_is_negative_throughout_counts_as_zero() -> None:
+    mean = torch.zeros(1, 1, 3, 3, requires_grad=True)
+    variance = torch.full((1, 1, 3, 3), -1e-8, requires_grad=True)
+    output = undrawn_module._normal(mean, variance, 2)
+    output.sum().backward()
+    assert output.abs().max() < 1e-12
+    assert variance.grad is not None
+    assert torch.equal(variance.grad, torch.zeros_like(variance))
+
+
+def test_a_dead_channel_or_a_blank_image_gets_no_noise_from_its_neighbours() -> None:
+    """Batch normalisation would blow it up."""
+    loc = torch.zeros(2, 4, 3, 3)
+    log_sigma2 = torch.tensor([-60.0, 2.0])[:, None, None, None].expand(2, 4, 3, 3)
+    image = torch.randn(2, 4, 6, 6)
+    image[1] = 0.0
+    output = F.conv2d(image, UndrawnSample(loc, log_sigma2))
+    assert output[:, 0].abs().max() < 1e-11
+    assert output[1].abs().max() < 1e-12
+    assert output[0, 1].std() > 1
 
 
 def test_small_noise_is_not_lost_in_the_floor() -> None:
@@ -434,9 +456,9 @@ def test_autocast_leaves_the_variance_in_float32() -> None:
     seen = []
     real = undrawn_module._normal
 
-    def spy(mean: Tensor, variance: Tensor, floor: int) -> Tensor:
+    def spy(mean: Tensor, variance: Tensor, spatial_dims: int = 0) -> Tensor:
         seen.append(variance)
-        return real(mean, variance, floor)
+        return real(mean, variance, spatial_dims)
 
     with (
         mock.patch.object(undrawn_module, "_normal", spy),
