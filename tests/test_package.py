@@ -3,6 +3,8 @@
 import ast
 import importlib
 import pkgutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,3 +60,17 @@ def test_nothing_imports_the_links_at_the_top():
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 names = [node.module or ""]
             assert not {n.split(".")[0] for n in names} & {"models", "inference"}, path.name
+
+
+def test_the_toolkit_is_loaded_when_it_is_asked_for():
+    program = (
+        "import sys, bayes_svdo\n"
+        "print('sklearn' in sys.modules)\n"
+        "bayes_svdo.inference.VDARDRegressor\n"
+        "print('sklearn' in sys.modules)\n"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert found.stdout.split() == [b"False", b"True"]
+    assert "VDARDRegressor" in dir(bayes_svdo.inference)
+    with pytest.raises(AttributeError, match="no attribute 'VDARD'"):
+        _ = bayes_svdo.inference.VDARD

@@ -1,0 +1,513 @@
+"""scikit-learn estimators over VD-ARD, the relevance vector machine and L1 logistic regression.
+
+They take NumPy arrays, data frames and tensors, work in pipelines and grid searches, and compute in
+float64 on the device that is asked for. Fitted attributes are NumPy arrays by scikit-learn's names.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.preprocessing import LabelEncoder
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, check_random_state, validate_data
+from torch import Tensor
+
+from bayes_svdo.distributions import LogUniform
+from bayes_svdo.inference.arguments import choose_device
+from bayes_svdo.inference.exact_regression import fit_vdard_regression
+from bayes_svdo.inference.guide import AdditiveNoiseGuide
+from bayes_svdo.inference.l1 import fit_l1_logistic
+from bayes_svdo.inference.relevance_vector_machine import (
+    fit_rvm_classification,
+    fit_rvm_regression,
+)
+from bayes_svdo.inference.svi import fit
+from bayes_svdo.models import BayesianNetwork, Bernoulli, Categorical, logistic_regression
+
+Array = NDArray[Any]
+
+
+class _TorchEstimator(BaseEstimator):  # type: ignore[misc]
+    """Arrays in, tensors on a device, arrays out."""
+
+    device: str
+
+    def _inputs(self, X: Any, **kwargs: Any) -> Array:
+        """``X`` checked as scikit-learn does, float64; a tensor of any device is taken."""
+        checked: Array = validate_data(self, _array(X), dtype=np.float64, **kwargs)
+        return checked
+
+    def _training_data(self, X: Any, y: Any, **kwargs: Any) -> tuple[Array, Array]:
+        checked = validate_data(self, _array(X), _array(y), dtype=np.float64, **kwargs)
+        return checked[0], checked[1]
+
+    def _tensor(self, values: Array) -> Tensor:
+        tensor = torch.as_tensor(np.ascontiguousarray(values))
+        return tensor.to(choose_device(self.device))
+
+    def _new_inputs(self, X: Any) -> Tensor:
+        check_is_fitted(self)
+        return self._tensor(self._inputs(X, reset=False))
+
+
+class _Classifier(ClassifierMixin, _TorchEstimator):  # type: ignore[misc]
+    """Labels of any kind in, class indices inside."""
+
+    classes_: Array
+
+    def _labelled_data(self, X: Any, y: Any) -> tuple[Tensor, Tensor]:
+        inputs, labels = self._training_data(X, y)
+        check_classification_targets(labels)
+        encoder = LabelEncoder().fit(labels)
+        self.classes_ = encoder.classes_
+        if len(self.classes_) < 2:
+            raise ValueError(
+                f"y holds one class only, {self.classes_[0]!r}; a classifier needs two or more."
+            )
+        return self._tensor(inputs), self._tensor(encoder.transform(labels).astype(np.int64))
+
+    def predict_proba(self, X: Any) -> Array:
+        """Probability of each class, shape ``(n_samples, n_classes)``, in order of ``classes_``."""
+        raise NotImplementedError
+
+    def predict(self, X: Any) -> Array:
+        """The most probable label, shape ``(n_samples,)``."""
+        check_is_fitted(self)
+        chosen: Array = self.classes_[self.predict_proba(X).argmax(1)]
+        return chosen
+
+
+class VDARDRegressor(RegressorMixin, _TorchEstimator):  # type: ignore[misc]
+    """Exact linear regression under the log-uniform prior (VD-ARD).
+
+    See :func:`~bayes_svdo.inference.exact_regression.fit_vdard_regression`.
+
+    Args:
+        kl: The KL of a weight: ``"exact"``, ``"molchanov2017"``, ``"poster2016"`` or
+            ``"empirical_bayes"``.
+        kl_weight: Threshold on the squared z-score of a weight: 1.0 is the ELBO itself, ``"aic"``
+            (2), ``"bic"`` (log N), or a percentage such as ``"5%"``.
+        fit_intercept: Whether there is an intercept.
+        min_noise: Least standard deviation of the noise as a fraction of that of ``y``.
+        max_iter: Most iterations per start.
+        tol: Gain in nats per observation below which it stops.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
+
+    Attributes:
+        coef_: Posterior means, shape ``(n_features,)``; exactly 0 where pruned.
+        intercept_: Posterior mean of the intercept.
+        sigma_: Posterior standard deviations of the weights, shape ``(n_features,)``.
+        log_alpha_: ``log sigma²/coef²``, shape ``(n_features,)``; inf where pruned.
+        relevance_: Squared z-scores, shape ``(n_features,)``; a weight is kept above ``kl_weight``.
+        alpha_: Precision of the noise, as in scikit-learn's ``ARDRegression``.
+        scores_: The objective after every update, nats.
+        n_iter_: Number of iterations.
+    """
+
+    def __init__(
+        self,
+        *,
+        kl: str = "exact",
+        kl_weight: float | str = 1.0,
+        fit_intercept: bool = True,
+        min_noise: float = 1e-4,
+        max_iter: int = 1000,
+        tol: float | None = None,
+        device: str = "auto",
+    ) -> None:
+        self.kl, self.kl_weight, self.fit_intercept = kl, kl_weight, fit_intercept
+        self.min_noise, self.max_iter, self.tol = min_noise, max_iter, tol
+        self.device = device
+
+    def fit(self, X: Any, y: Any) -> Self:
+        """Fit to ``X``, shape ``(n_samples, n_features)``, and ``y``, shape ``(n_samples,)``.
+
+        A constant ``y`` is fitted by its mean alone.
+
+        Raises:
+            DegenerateObjectiveError: The objective has no maximum; the message has the remedy.
+        """
+        inputs, targets = self._training_data(X, y, y_numeric=True)
+        targets = targets.astype(np.float64)
+        if len(targets) > 1 and np.ptp(targets) == 0 and (self.fit_intercept or not targets.any()):
+            return self._fit_constant(inputs, targets)
+        # As many features as observations can fit anything: then the bound would be the result.
+        bound = self.min_noise if inputs.shape[1] < inputs.shape[0] - self.fit_intercept else 0.0
+        found = fit_vdard_regression(
+            self._tensor(inputs),
+            self._tensor(targets),
+            kl=self.kl,  # type: ignore[arg-type]
+            kl_weight=self.kl_weight,
+            fit_intercept=self.fit_intercept,
+            min_noise=bound,
+            max_iter=self.max_iter,
+            tol=self.tol,
+        )
+        if not bool(found.converged):
+            warnings.warn(
+                f"max_iter={self.max_iter} iterations reached while the objective was still "
+                "rising. Try a larger max_iter or tol.",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
+        self.coef_, self.intercept_ = _array(found.loc), float(found.intercept)
+        self.sigma_, self.log_alpha_ = _array(found.sigma2.sqrt()), _array(found.log_alpha)
+        self.relevance_, self.alpha_ = _array(found.relevance), float(found.beta)
+        self.scores_, self.n_iter_ = _array(found.elbo_trace), int(found.n_iter)
+        self._x_mean, self._num_data = _array(found.x_mean), found.num_data
+        return self
+
+    def _fit_constant(self, inputs: Array, targets: Array) -> Self:
+        num_features = inputs.shape[1]
+        self.coef_, self.intercept_ = np.zeros(num_features), float(targets[0])
+        self.sigma_, self.relevance_ = np.zeros(num_features), np.zeros(num_features)
+        self.log_alpha_ = np.full(num_features, np.inf)
+        self.alpha_, self.scores_, self.n_iter_ = math.inf, np.zeros(0), 0
+        self._x_mean, self._num_data = inputs.mean(0), len(targets)
+        return self
+
+    def predict(self, X: Any, return_std: bool = False) -> Array | tuple[Array, Array]:
+        """Mean of the predictive distribution, and its standard deviation if asked for.
+
+        Returns:
+            Shape ``(n_samples,)``, or two such arrays; the variance is that of the noise, the
+            intercept and the weights.
+        """
+        check_is_fitted(self)
+        inputs = self._inputs(X, reset=False)
+        mean: Array = inputs @ self.coef_ + self.intercept_
+        if not return_std:
+            return mean
+        noise = (1 + self.fit_intercept / self._num_data) / self.alpha_
+        return mean, np.sqrt((inputs - self._x_mean) ** 2 @ self.sigma_**2 + noise)
+
+
+class VDARDClassifier(_Classifier):
+    """Logistic regression under the log-uniform prior, fitted by SVI (the poster's DSVI).
+
+    Features are standardised inside; a scale does not change which weights are relevant.
+
+    Args:
+        kl: As in :class:`~bayes_svdo.distributions.LogUniform`.
+        threshold: A weight is zero where ``log alpha >= threshold``.
+        lr: Adam's learning rate.
+        batch_size: Samples per step, at most.
+        max_iter: Number of steps.
+        kl_warmup: Fractions of training between which the KL's weight rises from 0 to 1.
+        random_state: Seed of batches and noise.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
+
+    Attributes:
+        coef_: Posterior means, exactly 0 where pruned, shape ``(n_classes, n_features)``, or
+            ``(1, n_features)`` for two classes.
+        intercept_: Intercepts, shape ``(n_classes,)`` or ``(1,)``; point estimates.
+        sigma_: Posterior standard deviations of the weights, shape of ``coef_``.
+        log_alpha_: ``log sigma²/coef²`` of the weights, shape of ``coef_``.
+        scores_: The negative objective of each epoch, nats per sample.
+        n_iter_: Number of steps.
+    """
+
+    def __init__(
+        self,
+        *,
+        kl: str = "molchanov2017",
+        threshold: float = 3.0,
+        lr: float = 0.02,
+        batch_size: int = 100,
+        max_iter: int = 2000,
+        kl_warmup: tuple[float, float] = (0.1, 0.3),
+        random_state: Any = None,
+        device: str = "auto",
+    ) -> None:
+        self.kl, self.threshold, self.lr, self.batch_size = kl, threshold, lr, batch_size
+        self.max_iter, self.kl_warmup, self.random_state = max_iter, kl_warmup, random_state
+        self.device = device
+
+    def fit(self, X: Any, y: Any) -> Self:
+        """Fit to ``X``, shape ``(n_samples, n_features)``, and labels ``y``, ``(n_samples,)``."""
+        inputs, labels = self._labelled_data(X, y)
+        mean, scale = inputs.mean(0), inputs.std(0, correction=0)
+        scale = torch.where(scale > 0, scale, 1.0)
+        posterior = self._fit_svi(((inputs - mean) / scale).float(), labels)
+        (log_alpha,) = posterior.log_alpha().values()
+        (weight,) = posterior.means().values()
+        _, log_sigma2 = posterior.guide.parameters_of("linear.weight")
+        coef = weight.double() / scale
+        bias = posterior.model.net.linear.bias.detach().double()
+        self.coef_, self.intercept_ = _array(coef), _array(bias - coef @ mean)
+        self.sigma_ = _array((0.5 * log_sigma2).exp().double() / scale)
+        self.log_alpha_ = _array(log_alpha.double())
+        self.scores_ = -np.asarray(posterior.history.column("objective"))
+        self.n_iter_ = int(posterior.history[-1]["step"])
+        return self
+
+    def _fit_svi(self, x: Tensor, labels: Tensor) -> Any:
+        binary = len(self.classes_) == 2
+        y = labels[:, None].float() if binary else labels
+        batch_size = min(self.batch_size, len(x))
+        net = logistic_regression(x.shape[1], 1 if binary else len(self.classes_)).to(x.device)
+        model = BayesianNetwork(
+            net,
+            Bernoulli() if binary else Categorical(),
+            len(x),
+            LogUniform(self.kl),  # type: ignore[arg-type]
+        )
+        return fit(
+            model,
+            (x, y),
+            guide=AdditiveNoiseGuide(model, init_log_sigma2=-6.0),
+            epochs=max(1, math.ceil(self.max_iter / math.ceil(len(x) / batch_size))),
+            batch_size=batch_size,
+            lr=self.lr,
+            kl_warmup=self.kl_warmup,
+            threshold=self.threshold,
+            seed=int(check_random_state(self.random_state).randint(2**31 - 1)),
+            device=x.device,
+            progress=False,
+        )
+
+    def decision_function(self, X: Any) -> Array:
+        """Logits: of ``classes_[1]``, shape ``(n_samples,)``, or of each class."""
+        check_is_fitted(self)
+        logits: Array = self._inputs(X, reset=False) @ self.coef_.T + self.intercept_
+        return logits[:, 0] if len(self.classes_) == 2 else logits
+
+    def predict_proba(self, X: Any) -> Array:
+        """Probability of each class under the pruned mean weights."""
+        return _probabilities(self.decision_function(X))
+
+
+class L1LogisticRegression(_Classifier):
+    """L1-penalised logistic regression, multinomial for more than two classes.
+
+    Minimises ``C * sum(log loss) + sum(|coef_|)``, scikit-learn's objective; intercepts are not
+    penalised. See :func:`~bayes_svdo.inference.l1.fit_l1_logistic`.
+
+    Args:
+        C: Inverse strength of the penalty.
+        fit_intercept: Whether there are intercepts.
+        tol: Relative duality gap at which it stops.
+        max_iter: Most steps.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
+
+    Attributes:
+        coef_: Weights, shape ``(n_classes, n_features)``, or ``(1, n_features)`` for two classes.
+        intercept_: Intercepts, shape ``(n_classes,)`` or ``(1,)``.
+        objective_: The objective at the solution.
+        dual_gap_: The objective is above its minimum by no more than this.
+        n_iter_: Number of steps.
+    """
+
+    def __init__(
+        self,
+        *,
+        C: float = 1.0,
+        fit_intercept: bool = True,
+        tol: float = 1e-6,
+        max_iter: int = 10_000,
+        device: str = "auto",
+    ) -> None:
+        self.C, self.fit_intercept, self.tol = C, fit_intercept, tol
+        self.max_iter, self.device = max_iter, device
+
+    def fit(self, X: Any, y: Any) -> Self:
+        """Fit to ``X``, shape ``(n_samples, n_features)``, and labels ``y``, ``(n_samples,)``."""
+        found = fit_l1_logistic(
+            *self._labelled_data(X, y),
+            C=self.C,
+            fit_intercept=self.fit_intercept,
+            tol=self.tol,
+            max_iter=self.max_iter,
+        )
+        self.coef_, self.intercept_ = _array(found.coef), _array(found.intercept)
+        self.objective_, self.dual_gap_ = found.objective, found.duality_gap
+        self.n_iter_ = found.n_iter
+        return self
+
+    def decision_function(self, X: Any) -> Array:
+        """Logits: of ``classes_[1]``, shape ``(n_samples,)``, or of each class."""
+        check_is_fitted(self)
+        logits: Array = self._inputs(X, reset=False) @ self.coef_.T + self.intercept_
+        return logits[:, 0] if len(self.classes_) == 2 else logits
+
+    def predict_proba(self, X: Any) -> Array:
+        """Probability of each class."""
+        return _probabilities(self.decision_function(X))
+
+
+class RVMRegressor(RegressorMixin, _TorchEstimator):  # type: ignore[misc]
+    """Relevance vector regression (Tipping 2001).
+
+    See :func:`~bayes_svdo.inference.relevance_vector_machine.fit_rvm_regression`.
+
+    Args:
+        kernel: ``"rbf"``, ``"linear"``, ``"poly"``, ``"precomputed"`` or a function of two tensors.
+        gamma: Parameter of ``"rbf"`` and ``"poly"``: a number, ``"scale"`` or ``"auto"``.
+        degree: Degree of ``"poly"``.
+        coef0: Constant of ``"poly"``.
+        fit_intercept: Whether there is an intercept.
+        method: ``"fast"`` (Tipping & Faul 2003), ``"mackay"`` or ``"em"``.
+        tol: Gain in log evidence, in nats, below which nothing is done.
+        max_iter: Most rounds.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
+
+    Attributes:
+        relevance_: Indices of the relevance vectors (of the features for ``"linear"``).
+        dual_coef_: Posterior means of their weights.
+        sigma_: Posterior covariance of these weights.
+        lambda_: Prior precisions of these weights.
+        alpha_: Precision of the noise, as in scikit-learn's ``ARDRegression``.
+        intercept_: Posterior mean of the intercept.
+        coef_: Weights of all features, for ``kernel="linear"`` only.
+        scores_: Log evidence after each round, nats.
+        n_iter_: Number of rounds.
+    """
+
+    def __init__(
+        self,
+        *,
+        kernel: Any = "rbf",
+        gamma: float | str = "scale",
+        degree: int = 3,
+        coef0: float = 1.0,
+        fit_intercept: bool = True,
+        method: str = "fast",
+        tol: float = 1e-3,
+        max_iter: int = 1000,
+        device: str = "auto",
+    ) -> None:
+        self.kernel, self.gamma, self.degree, self.coef0 = kernel, gamma, degree, coef0
+        self.fit_intercept, self.method = fit_intercept, method
+        self.tol, self.max_iter, self.device = tol, max_iter, device
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.pairwise = self.kernel == "precomputed"
+        return tags
+
+    def fit(self, X: Any, y: Any) -> Self:
+        """Fit to ``X``, shape ``(n_samples, n_features)``, and ``y``, shape ``(n_samples,)``."""
+        inputs, targets = self._training_data(X, y, y_numeric=True)
+        machine = fit_rvm_regression(
+            self._tensor(inputs),
+            self._tensor(targets.astype(np.float64)),
+            kernel=self.kernel,
+            gamma=self.gamma,  # type: ignore[arg-type]
+            degree=self.degree,
+            coef0=self.coef0,
+            fit_intercept=self.fit_intercept,
+            method=self.method,  # type: ignore[arg-type]
+            tol=self.tol,
+            max_iter=self.max_iter,
+        )
+        self._machine = machine
+        self.relevance_, self.dual_coef_ = _array(machine.relevance), _array(machine.weights)
+        self.sigma_, self.lambda_ = _array(machine.covariance), _array(machine.alpha)
+        self.alpha_, self.intercept_ = machine.beta, float(machine.intercept)
+        self.scores_, self.n_iter_ = _array(machine.log_evidence), machine.n_iter
+        if self.kernel == "linear":
+            self.coef_ = _array(machine.coefficients)
+        return self
+
+    def predict(self, X: Any, return_std: bool = False) -> Array | tuple[Array, Array]:
+        """Predictive mean, shape ``(n_samples,)``, and standard deviation if asked for."""
+        inputs = self._new_inputs(X)
+        mean, std = map(_array, self._machine.predict(inputs, return_std=True))
+        return (mean, std) if return_std else mean
+
+
+class RVMClassifier(_Classifier):
+    """Relevance vector classification, one set of weights per class (Tipping 2001).
+
+    See :func:`~bayes_svdo.inference.relevance_vector_machine.fit_rvm_classification`.
+
+    Args:
+        kernel: ``"rbf"``, ``"linear"``, ``"poly"``, ``"precomputed"`` or a function of two tensors.
+        gamma: Parameter of ``"rbf"`` and ``"poly"``: a number, ``"scale"`` or ``"auto"``.
+        degree: Degree of ``"poly"``.
+        coef0: Constant of ``"poly"``.
+        fit_intercept: Whether there are intercepts.
+        tol: Gain in log evidence, in nats, below which nothing is done.
+        max_iter: Most rounds for each class.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
+
+    Attributes:
+        relevance_: Indices of the vectors (features for ``"linear"``) relevant to any class.
+        coef_: Weights, shape ``(n_classes, n_features)``, or ``(1, n_features)`` for two classes;
+            for ``kernel="linear"`` only.
+        intercept_: Intercepts, shape ``(n_classes,)`` or ``(1,)``.
+        n_iter_: Rounds of the longest fit.
+    """
+
+    def __init__(
+        self,
+        *,
+        kernel: Any = "rbf",
+        gamma: float | str = "scale",
+        degree: int = 3,
+        coef0: float = 1.0,
+        fit_intercept: bool = True,
+        tol: float = 1e-3,
+        max_iter: int = 1000,
+        device: str = "auto",
+    ) -> None:
+        self.kernel, self.gamma, self.degree, self.coef0 = kernel, gamma, degree, coef0
+        self.fit_intercept, self.tol = fit_intercept, tol
+        self.max_iter, self.device = max_iter, device
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.pairwise = self.kernel == "precomputed"
+        return tags
+
+    def fit(self, X: Any, y: Any) -> Self:
+        """Fit to ``X``, shape ``(n_samples, n_features)``, and labels ``y``, ``(n_samples,)``."""
+        machine = fit_rvm_classification(
+            *self._labelled_data(X, y),
+            kernel=self.kernel,
+            gamma=self.gamma,  # type: ignore[arg-type]
+            degree=self.degree,
+            coef0=self.coef0,
+            fit_intercept=self.fit_intercept,
+            tol=self.tol,
+            max_iter=self.max_iter,
+        )
+        self._machine = machine
+        self.relevance_, self.n_iter_ = _array(machine.relevance), machine.n_iter
+        self.intercept_ = np.asarray([float(m.intercept) for m in machine.machines])
+        if self.kernel == "linear":
+            self.coef_ = np.stack([_array(m.coefficients) for m in machine.machines])
+        return self
+
+    def decision_function(self, X: Any) -> Array:
+        """Log odds of ``classes_[1]``, shape ``(n_samples,)``, or of each class against the rest.
+
+        They are shrunk for the uncertainty of the weights.
+        """
+        inputs = self._new_inputs(X)
+        return _array(self._machine.decision_function(inputs))  # type: ignore[no-any-return]
+
+    def predict_proba(self, X: Any) -> Array:
+        """Probability of each class, averaged over the uncertainty of the weights."""
+        inputs = self._new_inputs(X)
+        return _array(self._machine.predict_proba(inputs))  # type: ignore[no-any-return]
+
+
+def _array(values: Any) -> Any:
+    """A tensor of any device as an array; anything else as it is."""
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else values
+
+
+def _probabilities(logits: Array) -> Array:
+    tensor = torch.as_tensor(logits)
+    if tensor.dim() == 1:
+        tensor = torch.stack([torch.zeros_like(tensor), tensor], 1)
+    return _array(tensor.softmax(1))  # type: ignore[no-any-return]

@@ -1,0 +1,265 @@
+"""The data of VD-ARD regressions: checked, in natural units, and as small as can be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from bayes_svdo.inference.exact_regression_ascent import Problems, State
+from bayes_svdo.inference.exact_regression_curves import KL, tabulate
+
+Method = Literal["joint", "alternating"]
+Start = Literal["zero", "ols", "ridge"]
+
+
+class DegenerateObjectiveError(ValueError):
+    """The objective has no maximum: the noise would vanish and the ELBO grow without bound."""
+
+
+def checked_data(x: Tensor, y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``x`` (..., N, D) and ``y`` (..., N) in ``dtype``, with the same leading dimensions."""
+    for name, value in (("x", x), ("y", y)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
+        if value.layout != torch.strided or value.is_complex():
+            raise TypeError(
+                f"{name} must be a dense tensor of real numbers, got {value.layout}, {value.dtype}."
+            )
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype must be torch.float64 or torch.float32, got {dtype}.")
+    if x.device != y.device:
+        raise TypeError(f"x is on {x.device} but y is on {y.device}; move one of them.")
+    if x.dim() < 2 or y.dim() < 1 or x.shape[-2] != y.shape[-1] or y.shape[-1] == 0:
+        raise ValueError(
+            "x must have shape (..., observations, features) and y (..., observations) with at "
+            f"least one observation, got {tuple(x.shape)} and {tuple(y.shape)}."
+        )
+    x, y = x.detach().to(dtype), y.detach().to(dtype)
+    for name, value in (("x", x), ("y", y)):
+        if not value.sum().isfinite() and not value.isfinite().all():  # the sum is far cheaper
+            bad = int((~value.isfinite()).sum())
+            raise ValueError(
+                f"{name} contains NaN or infinity ({bad} of {value.numel()} values).\n"
+                "  Impute or drop these observations before fitting."
+            )
+    try:
+        batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-1])
+    except RuntimeError:
+        raise ValueError(
+            f"the leading dimensions of x {tuple(x.shape)} and y {tuple(y.shape)} do not broadcast."
+        ) from None
+    if 0 in batch:
+        raise ValueError(f"there is no problem to fit: x has shape {tuple(x.shape)}.")
+    return x.expand(*batch, *x.shape[-2:])[None], y.expand(*batch, y.shape[-1])[None]
+
+
+def kl_weight_of(kl_weight: float | str, num_data: int) -> float:
+    """The number behind a name; see :func:`fit_vdard_regression`."""
+    if isinstance(kl_weight, str):
+        text = kl_weight.strip().lower()
+        if text == "aic":
+            return 2.0
+        if text == "bic":
+            return math.log(num_data)
+        try:
+            share = float(text.removesuffix("%")) / 100 if text.endswith("%") else math.nan
+        except ValueError:
+            share = math.nan
+        if not 0 < share < 1:
+            raise ValueError(
+                f'kl_weight must be a positive number, "aic", "bic" or a percentage such as "5%", '
+                f"got {kl_weight!r}."
+            )
+        # The quantile of chi-square with one degree of freedom.
+        return 2 * float(torch.erfinv(torch.tensor(1 - share, dtype=torch.float64)).square())
+    if not (0 < kl_weight < math.inf):
+        raise ValueError(f"kl_weight must be positive and finite, got {kl_weight}.")
+    return float(kl_weight)
+
+
+def check_options(method: str, min_noise: float, max_iter: int, tol: float | None) -> None:
+    """Refuse options out of range."""
+    if method not in get_args(Method):
+        raise ValueError(f'method must be "joint" or "alternating", got {method!r}.')
+    if not 0 <= min_noise < 1:
+        raise ValueError(f"min_noise must be in [0, 1), got {min_noise}.")
+    if max_iter < 1:
+        raise ValueError(f"max_iter must be at least 1, got {max_iter}.")
+    if tol is not None and not tol > 0:
+        raise ValueError(f"tol must be positive, got {tol}.")
+
+
+def start_names(
+    starts: Sequence[Start] | None, method: Method, dim: int, degrees: int
+) -> tuple[str, ...]:
+    """The starts to try; see :func:`fit_vdard_regression`."""
+    if starts is None:
+        first = "zero" if method == "joint" else "ridge"
+        if dim >= degrees:
+            return (first,)
+        return ("zero", "ols") if method == "joint" else ("ols",)
+    names = tuple(starts)
+    unknown = [name for name in names if name not in get_args(Start)]
+    if isinstance(starts, str) or not names or unknown:
+        raise ValueError(f'starts must be a tuple of "zero", "ols" and "ridge", got {starts!r}.')
+    if "ols" in names and dim >= degrees:
+        raise ValueError(
+            f'starts includes "ols", which fits {dim} features to {degrees} degrees of freedom '
+            'without error.\n  Use ("zero",) or ("zero", "ridge").'
+        )
+    if "zero" in names and method == "alternating":
+        raise ValueError(
+            'starts includes "zero", which the alternation can never leave: alpha given loc = 0 is '
+            'infinite, and loc given infinite alpha is 0.\n  Use ("ols",) or ("ridge",).'
+        )
+    return names
+
+
+class NaturalUnits(NamedTuple):
+    """Data in which columns and target have norm 1 (or are all 0), in M <= D + 1 rows."""
+
+    x: Tensor  # (B, M, D)
+    y: Tensor  # (B, M)
+    x_mean: Tensor  # (B, D), what was taken off; 0 without an intercept
+    y_mean: Tensor  # (B,)
+    x_scale: Tensor  # (B, D), by what was divided; 1 where x is constant
+    y_scale: Tensor  # (B,)
+    constant: Tensor  # (B,), whether y is
+
+
+def natural_units(x: Tensor, y: Tensor, fit_intercept: bool) -> NaturalUnits:
+    """Centre, rotate and scale; a problem without features is given one that is always 0."""
+    rows, dim = x.shape[-2:]
+    columns = torch.cat(
+        (x, y[..., None]) if dim else (x.new_zeros(*x.shape[:-1], 1), y[..., None]), -1
+    )
+    mean = columns.mean(-2) if fit_intercept else columns.new_zeros(len(columns), columns.shape[-1])
+    if fit_intercept:
+        columns = columns - mean[..., None, :]
+    if rows > columns.shape[-1]:
+        # A rotation of the observations changes nothing that matters.
+        columns = torch.linalg.qr(columns, mode="r")[1]
+    # By the largest value first, so that no square overflows or underflows.
+    largest = columns.abs().amax(-2)
+    largest = torch.where(largest == 0, 1.0, largest)
+    columns = columns / largest[..., None, :]
+    norm = columns.norm(dim=-2)
+    rounding = 10 * torch.finfo(x.dtype).eps * math.sqrt(rows)
+    constant = norm * largest <= rounding * torch.maximum(mean.abs(), largest * (norm == 0))
+    columns = columns * (~constant / torch.where(constant, 1.0, norm))[..., None, :]
+    scale = torch.where(constant, 1.0, norm * largest)
+    if not (scale.isfinite().all() and (scale[..., -1:] / scale).isfinite().all()):
+        raise ValueError(
+            "the values of x or y are so large, or those of x so small, that the weights overflow; "
+            "rescale them first."
+        )
+    return NaturalUnits(
+        columns[..., :-1], columns[..., -1], mean[..., :-1], mean[..., -1],
+        scale[..., :-1], scale[..., -1], constant[..., -1],
+    )  # fmt: skip
+
+
+def given_precision(
+    noise_precision: float | Tensor | None, batch: torch.Size, y_scale: Tensor
+) -> Tensor | None:  # (B, 1), in natural units
+    """A known precision of the noise, or None."""
+    if noise_precision is None:
+        return None
+    given = torch.as_tensor(noise_precision).to(y_scale)
+    if not ((given > 0) & given.isfinite()).all():
+        raise ValueError(f"noise_precision must be positive and finite, got {noise_precision}.")
+    try:
+        given = given.expand(batch)
+    except RuntimeError:
+        raise ValueError(
+            f"noise_precision has shape {tuple(given.shape)}, which does not broadcast to the "
+            f"problems' {tuple(batch[1:])}."
+        ) from None
+    return given.reshape(-1, 1) * y_scale[:, None].square()
+
+
+def check_constant(data: NaturalUnits) -> None:
+    """Refuse a constant ``y``, whose noise cannot be learned."""
+    if data.constant.any():
+        raise DegenerateObjectiveError(
+            f"y is constant{_which(data.constant)}, so there is no noise to estimate and the ELBO "
+            "is infinite.\n  Pass noise_precision if the noise is known; every weight is then "
+            "pruned."
+        )
+
+
+def _which(problems: Tensor) -> str:
+    """Which problems of a batch are concerned, for an error message."""
+    if problems.numel() == 1:
+        return ""
+    index = problems.nonzero().flatten().tolist()
+    return f" in problem(s) {', '.join(map(str, index[:5]))}{', ...' if len(index) > 5 else ''}"
+
+
+def problems_of(
+    data: NaturalUnits,
+    degrees: int,
+    weight: float,
+    precision: Tensor | None,
+    min_noise: float,
+    kl: KL,
+) -> Problems:
+    """What the ascent works on."""
+    x, y = data.x, data.y
+    return Problems(
+        x_rows=x.mT.contiguous(),
+        target=y.contiguous(),
+        gram=x.mT @ x if x.shape[-1] <= x.shape[-2] else None,
+        moment=(y[:, None] @ x)[:, 0],
+        num_data=degrees,
+        kl_weight=weight,
+        noise_precision=precision,
+        largest_noise_precision=degrees / min_noise**2 if min_noise else math.inf,
+        curves=tabulate(kl, x.dtype, x.device),
+    )
+
+
+_REMEDY = (
+    "noise_precision if the noise is known, or min_noise=1e-3 to bound it from below by a fraction "
+    "of the standard deviation of y."
+)
+
+
+def check_interpolation(problems: Problems) -> None:
+    """With as many degrees of freedom as data, the noise vanishes at no price in the KL."""
+    basis, size, _ = torch.linalg.svd(problems.x_rows.mT, full_matrices=False)
+    eps = torch.finfo(size.dtype).eps * max(problems.x_rows.shape[-2:])
+    basis = basis * (size > eps * size[..., :1])[..., None, :]
+    left = problems.target - (basis @ (basis.mT @ problems.target[..., None]))[..., 0]
+    perfect = left.norm(dim=-1) <= _noise_floor(problems.target)
+    if perfect.any():
+        dim = problems.x_rows.shape[-2]
+        raise DegenerateObjectiveError(
+            f"the {dim} features fit y without error{_which(perfect)}, and with kl_weight = "
+            f"{problems.kl_weight:g} <= 1 that costs no more than it gains: the ELBO has no "
+            "maximum as the noise goes to 0.\n  Try kl_weight above 1, such as 'aic' or 'bic', "
+            f"{_REMEDY}"
+        )
+
+
+def _noise_floor(like: Tensor) -> float:
+    """Root of the noise's share of the target, below which it is taken for rounding."""
+    return 1e3 * torch.finfo(like.dtype).eps
+
+
+def check_noise(problems: Problems, state: State, index: Tensor, num: int) -> None:
+    """Stop an ascent that has no end."""
+    bound = problems.num_data / _noise_floor(state.noise_precision) ** 2
+    if float(state.noise_precision.max()) >= bound:
+        vanished = (state.noise_precision >= bound).any(-1)
+        all_problems = torch.zeros(num, dtype=torch.bool, device=index.device)
+        all_problems[index] = vanished
+        size = int(state.log_alpha.isfinite().sum(-1)[vanished].min())
+        raise DegenerateObjectiveError(
+            f"{size} features fit y without error{_which(all_problems)}: the ELBO grows without "
+            f"bound as the noise goes to 0.\n  Try {_REMEDY}"
+        )

@@ -1,0 +1,228 @@
+"""Search for the basis functions of a relevance vector machine: the fast algorithm.
+
+Tipping and Faul (2003) climb the evidence by adding, re-estimating or deleting one basis function
+at a time; the gain of each action is known in closed form from ``S`` and ``Q``. This search takes
+the same actions in another order: after each addition the precisions that are in use and the noise
+are re-estimated, and deleted, jointly (:mod:`~bayes_svdo.inference.rvm_evidence`), which needs no
+pass over the data, and only then are ``S`` and ``Q`` computed for the basis functions outside.
+
+Memory is ``O(num_basis * m)`` for ``m`` basis functions that ever entered, and time
+``O(num_data * num_basis)`` for each that enters plus ``O(num_basis m^2)`` a round; nothing is
+cubic in the number of data. ``S`` and ``Q`` are computed afresh each round from inner products that
+never change, so that no rounding accumulates.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bayes_svdo.inference.rvm_basis import DesignMatrix
+from bayes_svdo.inference.rvm_evidence import (
+    Array,
+    Moments,
+    NoiseRange,
+    WeightPosterior,
+    maximise_evidence,
+    weight_posterior,
+)
+
+# While there are few basis functions the best estimate of the noise is that all is noise, and under
+# it none may be worth adding. So the first rounds hold on to the noise they began with.
+_HOPEFUL_ROUNDS = 20
+
+# Between additions the precisions need not be exact; at the end they are.
+_LOOSE_TOL, _LOOSE_STEPS = 1e-2, 5
+_TIGHT_STEPS = 200
+
+# With m basis functions in use, 1 + m // _BATCH enter before the next re-estimation.
+_BATCH = 16
+
+# So many candidates in a row whose promise the evidence does not keep end the search.
+MOST_BROKEN_PROMISES = 5
+
+
+def least_part(design: DesignMatrix) -> float:
+    """Least part of a candidate's square that must lie outside the span of those in use.
+
+    A candidate that lies in it up to rounding could only add noise.
+    """
+    return 32 * torch.finfo(design.norm.dtype).eps * math.sqrt(design.num_data)
+
+
+def best_candidate(
+    s: Tensor, q: Tensor, *, least: Tensor | float, barred: list[int]
+) -> tuple[int, float]:
+    """Candidate whose entry raises the log evidence most, and by how many nats.
+
+    Tipping and Faul (2003), eq. 27, with the precision that maximises it, eq. 20.
+
+    Args:
+        s: ``(num_basis,)`` sparsity factors of basis functions not in use.
+        q: ``(num_basis,)`` quality factors.
+        least: Candidates with a smaller ``s`` are left out.
+        barred: Indices that may not enter.
+    """
+    ratio = q.square() / s
+    gain = torch.where((ratio > 1) & (s > least), 0.5 * (ratio - 1 - ratio.log()), 0.0)
+    gain.index_fill_(0, torch.tensor(barred, dtype=torch.long, device=gain.device), 0.0)
+    value, index = gain.max(0)
+    return int(index), float(value)
+
+
+class ActiveSet:
+    """The basis functions in use, and the inner products of all others with them.
+
+    Args:
+        design: All basis functions over the training data.
+        targets: ``(num_data,)`` centred if there is an intercept.
+        num_data: Number of data, less one where an intercept has been integrated out.
+    """
+
+    def __init__(self, design: DesignMatrix, targets: Tensor, num_data: int) -> None:
+        self.design = design
+        self.num_data = num_data
+        self.energy = float(targets.double().square().sum())
+        self.moment = design.project(targets.unsqueeze(1)).squeeze(1).double()  # (num_basis,)
+        self.indices: list[int] = []
+        self._barred: list[int] = []
+        self._slots: dict[int, int] = {}
+        self._products = self.moment.new_empty(32, design.num_basis)
+        self._least_part = least_part(design)
+
+    def moments(self) -> Moments:
+        """Of the basis functions in use, on the host."""
+        where = self._tensor(self.indices)
+        gram: Array = self._rows(self.indices).index_select(1, where).cpu().numpy()
+        # In float32 the two halves of a computed Gram matrix differ in their last digits.
+        gram = 0.5 * (gram + gram.T)
+        np.fill_diagonal(gram, 1.0)
+        return Moments(
+            gram=gram,
+            moment=self.moment.index_select(0, where).cpu().numpy(),
+            energy=self.energy,
+            num_data=self.num_data,
+            rounding=torch.finfo(self.design.norm.dtype).eps,
+        )
+
+    def keep(self, positions: NDArray[np.intp]) -> None:
+        """Drop the basis functions that are not at ``positions``; let every other enter again."""
+        self.indices = [self.indices[i] for i in positions.tolist()]
+        self._barred = []
+
+    def withdraw(self, count: int) -> None:
+        """Take the last ``count`` basis functions back, and do not try them again for now."""
+        self._barred += self.indices[-count:]
+        self.indices = self.indices[:-count]
+
+    def add_all(self) -> None:
+        """Take every basis function into use that is not constant."""
+        self.indices = (~self.design.is_null).nonzero().squeeze(1).tolist()
+        self._slots = {index: slot for slot, index in enumerate(self.indices)}
+        rows = self.design.rows(self._tensor(self.indices))
+        self._products = self.design.project(rows.T).T.to(self.moment.dtype)
+
+    def add_best(self, posterior: WeightPosterior, most: int, tol: float) -> list[float]:
+        """Add up to ``most`` basis functions, each the one that raises the evidence most.
+
+        Returns:
+            Their optimal log precisions; empty when none raises the evidence by ``tol``.
+        """
+        beta = math.exp(posterior.log_beta)
+        rows = self._rows(self.indices)
+        whitener = torch.from_numpy(beta * posterior.whitener).to(rows.device)
+        mean = torch.from_numpy(posterior.mean).to(rows.device)
+        spanned = whitener @ rows
+        s = beta - spanned.square().sum(0)
+        q = beta * (self.moment - mean @ rows)
+        least = self._least_part * beta
+        log_alphas: list[float] = []
+        while len(log_alphas) < most:
+            best, gain = best_candidate(s, q, least=least, barred=self.indices + self._barred)
+            if gain < tol:
+                break
+            # Those that enter together must be of comparable worth.
+            tol = max(tol, 0.1 * gain)
+            s_best, q_best = float(s[best]), float(q[best])
+            alpha = s_best / (q_best**2 / s_best - 1)
+            self.indices.append(best)
+            log_alphas.append(math.log(alpha))
+            if len(log_alphas) == most:
+                break
+            # One more row of the Cholesky factor, and what it takes from every candidate.
+            row = beta * self._rows([best])[0] - spanned[:, best] @ spanned
+            row /= math.sqrt(alpha + s_best)
+            spanned = torch.cat([spanned, row.unsqueeze(0)])
+            q -= row * (q_best / math.sqrt(alpha + s_best))
+            s -= row.square()
+        return log_alphas
+
+    def _tensor(self, indices: list[int]) -> Tensor:
+        return torch.tensor(indices, dtype=torch.long, device=self.moment.device)
+
+    def _rows(self, indices: list[int]) -> Tensor:  # -> (len(indices), num_basis)
+        """Inner products of ``indices`` with all basis functions, kept once computed."""
+        for index in indices:
+            if index not in self._slots:
+                self._compute(index)
+        return self._products.index_select(0, self._tensor([self._slots[i] for i in indices]))
+
+    def _compute(self, index: int) -> None:
+        slot = len(self._slots)
+        if slot == len(self._products):
+            self._products = torch.cat([self._products, torch.empty_like(self._products)])
+        self._products[slot] = self.design.project(self.design.rows(self._tensor([index])).T)[:, 0]
+        self._slots[index] = slot
+
+
+def search(
+    active: ActiveSet, noise: NoiseRange, log_beta: float, *, tol: float, max_iter: int
+) -> tuple[WeightPosterior, list[float], bool]:
+    """Climb the evidence from the empty model until no action raises it by ``tol`` nats.
+
+    Args:
+        active: Empty.
+        noise: Range of the noise precision.
+        log_beta: Log noise precision to begin with. One that is learned should be optimistic.
+        tol: Least gain, in nats.
+        max_iter: Most rounds.
+
+    Returns:
+        The posterior of the basis functions that ``active`` then holds, the log evidence after
+        each round, and whether the search came to its end within ``max_iter`` rounds.
+    """
+    posterior = weight_posterior(active.moments(), np.empty(0), log_beta)
+    assert posterior is not None
+    trace: list[float] = []
+    settled, held, broken = False, noise.learned, 0
+    while len(trace) < max_iter:
+        most = 1 + len(active.indices) // _BATCH
+        new = active.add_best(posterior, most, tol) if broken < MOST_BROKEN_PROMISES else []
+        if not new and settled:
+            return posterior, trace, True
+        data, start = active.moments(), posterior
+        if new:
+            grown = weight_posterior(data, np.append(start.log_alpha, new), start.log_beta)
+            # The gain was exact: where it is not kept, all that it promised was rounding.
+            if grown is None or grown.log_evidence < start.log_evidence + 0.5 * tol:
+                active.withdraw(len(new))
+                broken += 1
+                continue
+            start = grown
+        settled, broken = not new, 0
+        held = held and bool(new) and len(trace) < _HOPEFUL_ROUNDS
+        kept, posterior = maximise_evidence(
+            data,
+            start,
+            replace(noise, learned=noise.learned and not held),
+            tol=1e-6 * tol if settled else _LOOSE_TOL,
+            max_steps=_TIGHT_STEPS if settled else _LOOSE_STEPS,
+        )
+        active.keep(kept)
+        trace.append(posterior.log_evidence)
+    return posterior, trace, False
