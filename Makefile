@@ -1,5 +1,5 @@
 # make demo: train a sparse network on digits and write its pictures to demo/.
-# make test: lint, types and the test suite.  Both make .venv first.
+# make test: lint, types and the test suite, a process per core.  Both make .venv first.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 	$(BIN)/bayes-svdo demo --out demo
 
 test: lint
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cov --cov-report=term $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cov --cov-report=term $(ARGS)
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from bayes_svdo import data
 from bayes_svdo.experiments.runs import Run
 from bayes_svdo.experiments.training import Settings, evaluate, make_task, run, train
@@ -34,13 +36,18 @@ def demo(
     Raises:
         RunError, PermissionError: ``out`` cannot be used.
     """
-    return run(
-        replace(SETTINGS, seed=seed),
-        out,
-        command="demo",
-        overwrite=overwrite or _holds_a_demo(Path(out)),
-        animation=True,
-    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more of them would wait for each other on matrices this small
+    try:
+        return run(
+            replace(SETTINGS, seed=seed),
+            out,
+            command="demo",
+            overwrite=overwrite or _holds_a_demo(Path(out)),
+            animation=True,
+        )
+    finally:
+        torch.set_num_threads(threads)
 
 
 def validate(settings: Settings = SETTINGS, splits: Sequence[int] = (0, 1, 2)) -> dict[str, float]:
