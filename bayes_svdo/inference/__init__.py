@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from bayes_svdo.inference.compiled import CompiledObjective, UntraceableError, compile_objective
 from bayes_svdo.inference.elbo import ELBOTerms, TraceAnalyticKL_ELBO
 from bayes_svdo.inference.guide import AdditiveNoiseGuide
 from bayes_svdo.inference.history import History
@@ -60,6 +61,7 @@ _MODULE_OF = {name: module for module, names in _TOOLKIT.items() for name in nam
 
 __all__ = [
     "AdditiveNoiseGuide",
+    "CompiledObjective",
     "ConstantThenLinear",
     "DegenerateObjectiveError",
     "ELBOTerms",
@@ -76,9 +78,11 @@ __all__ = [
     "RVMRegression",
     "RVMRegressor",
     "TraceAnalyticKL_ELBO",
+    "UntraceableError",
     "VDARDClassifier",
     "VDARDRegression",
     "VDARDRegressor",
+    "compile_objective",
     "cross_validate_l1",
     "fit",
     "fit_l1_logistic",

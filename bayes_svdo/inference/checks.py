@@ -122,7 +122,7 @@ def check_parameters(objective: nn.Module, batch: tuple[Any, ...]) -> None:
         ValueError: Names the parameter.
     """
     with poutine.trace(param_only=True) as captured:
-        objective(*batch)
+        objective(torch.ones(()), *batch)
     own = {id(parameter) for parameter in objective.parameters()}
     nodes: dict[str, Any] = captured.trace.nodes
     for name, site in nodes.items():

@@ -85,6 +85,7 @@ class AdditiveNoiseGuide(AutoGuide):
         self.sigma = sigma
         self._init = init
         self._has_pruned = False
+        self.num_prunings = 0
         self._blocks: dict[str, Block] = {}
         self.prototype_trace: Any
         self._initial = _Initial(model, init)
@@ -230,6 +231,7 @@ class AdditiveNoiseGuide(AutoGuide):
     def _find_blocks(self) -> None:
         """Where so many rows and columns are dead that the rest is worth picking out."""
         self._has_pruned = True
+        self.num_prunings += 1
         self._blocks = {}
         for name in self.sites:
             keep = attrgetter(name)(self.keep)
@@ -293,6 +295,7 @@ class AdditiveNoiseGuide(AutoGuide):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._has_pruned = True  # the masks that come may have zeros
+        self.num_prunings += 1
         self._blocks = {}
 
 

@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from bayes_svdo.inference.batches import Batches
 from bayes_svdo.inference.checks import BatchCheck
-from bayes_svdo.inference.elbo import TraceAnalyticKL_ELBO
-from bayes_svdo.inference.guide import AdditiveNoiseGuide
+from bayes_svdo.inference.compiled import CompiledObjective
 from bayes_svdo.inference.history import Row
+from bayes_svdo.inference.objective import Objective
 from bayes_svdo.inference.posterior import Posterior
 from bayes_svdo.inference.schedules import Schedule, value_at
 from bayes_svdo.inference.surroundings import pyro_checks
@@ -66,30 +66,6 @@ class NonFiniteObjectiveError(FloatingPointError):
         )
 
 
-class Objective(nn.Module):
-    """Model, guide and ELBO as one module: a batch to a vector of terms and a sum of scores."""
-
-    def __init__(self, model: Any, guide: AdditiveNoiseGuide, elbo: TraceAnalyticKL_ELBO) -> None:
-        super().__init__()
-        self.model, self.guide, self.elbo = model, guide, elbo
-        self.observed: list[str] = []
-        self.latent: list[str] = []
-        # What it learned of other models would change the random numbers of this run.
-        elbo.forget_reuse()
-
-    def forward(self, *batch: Any) -> tuple[Tensor, Tensor]:
-        """Negative log likelihood of each observed site and KL of each latent one; the score."""
-        terms = self.elbo.terms(self.model, self.guide, *batch)
-        self.observed, self.latent = list(terms.observed), list(terms.kl)
-        vector = torch.stack([*terms.observed.values(), *terms.kl.values()])
-        if not isinstance(self.model, BayesianNetwork):
-            return vector, vector.new_zeros(())
-        output = terms.output.detach()
-        if self.elbo.vectorize_particles and self.elbo.num_particles > 1:
-            output = output.mean(0)
-        return vector, self.model.likelihood.score(output, batch[1]).sum()
-
-
 class TrainingRun:
     """One training run."""
 
@@ -98,7 +74,7 @@ class TrainingRun:
         *,
         fabric: Fabric,
         posterior: Posterior,
-        objective: Objective,
+        objective: Objective | CompiledObjective,
         batches: Batches,
         check: BatchCheck | None,
         validation: Batches | None,
@@ -113,16 +89,20 @@ class TrainingRun:
         self.validation, self.epochs, self.rates = validation, epochs, rates
         self.lr_schedule, self.kl_warmup = lr_schedule, kl_warmup
         self.prune_while_training, self.callbacks = prune_while_training, callbacks
-        self.core = objective
+        self.core: Objective = (
+            objective.objective if isinstance(objective, CompiledObjective) else objective
+        )
         model = posterior.model
         self.num_data = model.num_data if isinstance(model, BayesianNetwork) else batches.num_data
         self.objective, self.optimizer = fabric.setup(objective, self._optimizer(objective))
         self.kl_weight = 0.0
+        # A graph takes a tensor; this one yields to the dtype of what it multiplies.
+        self._kl_weight = torch.zeros((), dtype=torch.float64, device=fabric.device)
         # Reading a step's objective makes a CPU wait for the GPU.
         self.delayed = self.fabric.device.type != "cpu"
 
-    def _optimizer(self, objective: Objective) -> torch.optim.Optimizer:
-        sigma = objective.guide.sigma_parameters()
+    def _optimizer(self, objective: Objective | CompiledObjective) -> torch.optim.Optimizer:
+        sigma = self.core.guide.sigma_parameters()
         of_sigma = {id(p) for p in sigma}
         others = [p for p in objective.parameters() if p.requires_grad and id(p) not in of_sigma]
         lr, sigma_lr = self.rates
@@ -196,11 +176,8 @@ class TrainingRun:
         self.kl_weight = value_at(self.kl_warmup, progress, "kl_warmup")
         self.optimizer.zero_grad()
         with pyro_checks(structure=first):
-            terms, score = self.objective(*batch)
-        observed = len(self.core.observed)
-        weight = self.kl_weight * self.core.elbo.kl_weight
-        loss = terms[:observed].sum() + weight * terms[observed:].sum()
-        return torch.cat([loss[None], terms]), score.detach()
+            value = self.objective(self._kl_weight.fill_(self.kl_weight), *batch)
+        return torch.cat([value.loss[None], value.terms]), value.score
 
     def _check_finite(self, record: Sequence[Tensor], epoch: int, last: int) -> None:
         """Refuse terms that are not finite; the last ones are those of step ``last``, from 0."""

@@ -1,0 +1,290 @@
+"""A Pyro objective as one graph: traced through Pyro once per input signature, then compiled.
+
+The graph holds the objective *and* its gradient (both go through ``make_fx``), so nothing of Pyro,
+of the tensor subclass or of autograd is left in a step, and what remains is fused: the passes over
+the weights above all. Random numbers are drawn anew by every call, from torch's generators.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from shutil import which
+from typing import Any, NamedTuple, Self
+
+import pyro
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+import bayes_svdo
+from bayes_svdo.inference.elbo import TraceAnalyticKL_ELBO
+from bayes_svdo.inference.guide import AdditiveNoiseGuide
+from bayes_svdo.inference.objective import Objective, ObjectiveValue
+from bayes_svdo.inference.posterior import local_parameters
+from bayes_svdo.inference.surroundings import pyro_checks
+
+# Every signature costs a compilation; of data with many shapes the rest runs as it is.
+_MOST_SIGNATURES = 8
+# A minute of compilation is worth some milliseconds off each of so many steps.
+_WORTH_COMPILING = 10_000
+
+
+class UntraceableError(RuntimeError):
+    """A model, guide or likelihood whose computation cannot become one graph."""
+
+
+def compile_objective(
+    elbo: TraceAnalyticKL_ELBO,
+    model: Callable[..., Any],
+    guide: AdditiveNoiseGuide,
+    *example_batch: Any,
+    backend: str | Callable[..., Any] = "inductor",
+) -> CompiledObjective:
+    """Compile an objective: ``compiled(kl_weight, *batch).loss.backward()`` is a step's gradient.
+
+    Args:
+        elbo: The objective.
+        model: The model. Its parameters are used in place, not copied.
+        guide: Its guide.
+        *example_batch: What ``model`` is called with, to compile at once for batches of its shapes;
+            nothing, to compile when the first batch comes.
+        backend: For ``torch.compile``.
+
+    Returns:
+        A module with the parameters of model and guide.
+
+    Raises:
+        UntraceableError: Control flow depends on the values of data or weights, or a value is read
+            back; with the reason.
+    """
+    compiled = CompiledObjective(Objective(model, guide, elbo), backend)
+    if example_batch:
+        compiled.prepare(torch.ones((), dtype=torch.float64), *example_batch)
+    return compiled
+
+
+def wants_compilation(
+    choice: object, *, device: torch.device, precision: str, steps: int, pruning: bool
+) -> bool:
+    """Whether ``fit(compile=choice)`` compiles a run.
+
+    Raises:
+        ValueError: ``choice`` is none, or True where that cannot be.
+    """
+    if choice is False:
+        return False
+    if choice is not True and choice != "auto":
+        raise ValueError(f'compile must be True, False or "auto", but is {choice!r}.')
+    hindrance = None
+    if precision == "16-mixed":
+        hindrance = 'precision "16-mixed" scales the loss, which a compiled gradient comes after'
+    elif device.type == "cpu" and not _has_compiler():
+        hindrance = "there is no C++ compiler (g++, clang++, or what CXX names)"
+    elif device.type == "cuda" and find_spec("triton") is None:
+        hindrance = "there is no triton"
+    if choice is True:
+        if hindrance:
+            raise ValueError(f"compile=True is not possible: {hindrance}.\n  Try compile=False.")
+        return True
+    return hindrance is None and steps >= _WORTH_COMPILING and not pruning
+
+
+def _has_compiler() -> bool:
+    return any(map(which, [os.environ.get("CXX") or "g++", "clang++"]))
+
+
+class _Graph(NamedTuple):
+    """What a signature was compiled to.
+
+    Attributes:
+        run: ``(trained, fixed, kl_weight, tensors)`` to loss, terms, score and gradients.
+        trained: The parameters that get a gradient.
+        fixed: All other parameters, and buffers, which may be written to.
+    """
+
+    run: Callable[..., Any]
+    trained: list[Tensor]
+    fixed: list[Tensor]
+
+
+class CompiledObjective(nn.Module):
+    """An :class:`Objective` that is traced and compiled, once for every signature of its inputs.
+
+    The signature is the shapes, dtypes and devices of a batch, its values that are no tensors, the
+    modules' training mode, and which weights are zeroed for good: a last, smaller batch costs one
+    more compilation. From the ninth signature on, new ones are evaluated as they are, with a
+    warning. Without gradients (``torch.no_grad()``) nothing is compiled.
+
+    Args:
+        objective: The objective.
+        backend: For ``torch.compile``.
+    """
+
+    def __init__(
+        self, objective: Objective, backend: str | Callable[..., Any] = "inductor"
+    ) -> None:
+        super().__init__()
+        self.objective: Objective = objective
+        self.backend = backend
+        self._graphs: dict[Any, _Graph] = {}
+        self._refused = False
+
+    def forward(self, kl_weight: Tensor, *batch: Any) -> ObjectiveValue:
+        """One estimate on a batch, as by :class:`Objective`."""
+        graph = self.prepare(kl_weight, *batch) if torch.is_grad_enabled() else None
+        if graph is None:
+            value: ObjectiveValue = self.objective(kl_weight, *batch)
+            return value
+        leaves = tree_leaves(batch)
+        loss, terms, score = _Evaluate.apply(graph, kl_weight, leaves, *graph.trained)
+        return ObjectiveValue(loss, terms, score)
+
+    def prepare(self, kl_weight: Tensor, *batch: Any) -> _Graph | None:
+        """Compile for batches like this one, unless that is done; None if there are too many.
+
+        Raises:
+            UntraceableError: As :func:`compile_objective`.
+        """
+        key = self._signature(batch)
+        graph = self._graphs.get(key)
+        if graph is None and len(self._graphs) < _MOST_SIGNATURES:
+            graph = self._graphs[key] = self._compile(kl_weight, batch)
+        elif graph is None and not self._refused:
+            self._refused = True
+            warnings.warn(
+                f"batches have had {_MOST_SIGNATURES} different shapes, each of which was "
+                "compiled; those of others are evaluated without.\n"
+                "  Try batches of equal shape, for example by padding.",
+                stacklevel=3,
+            )
+        return graph
+
+    def _signature(self, batch: tuple[Any, ...]) -> Any:
+        leaves, spec = tree_flatten(batch)
+        device = self.objective.guide.location_parameters()[0].device.type
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        return (
+            tuple(
+                (leaf.shape, leaf.dtype, leaf.device, leaf.stride())
+                if isinstance(leaf, Tensor)
+                else leaf
+                for leaf in leaves
+            ),
+            str(spec),
+            tuple(module.training for module in self.objective.modules()),
+            self.objective.guide.num_prunings,
+            autocast,
+        )
+
+    def _compile(self, kl_weight: Tensor, batch: tuple[Any, ...]) -> _Graph:
+        objective = self.objective
+        parameters: dict[str, Tensor] = dict(objective.named_parameters())
+        trained = {name: value for name, value in parameters.items() if value.requires_grad}
+        fixed = {name: value for name, value in parameters.items() if not value.requires_grad}
+        fixed |= dict(objective.named_buffers())
+        leaves, spec = tree_flatten(batch)
+
+        def run(
+            values: list[Tensor], others: list[Tensor], weight: Tensor, tensors: list[Tensor]
+        ) -> list[Tensor]:
+            own = [p.detach().requires_grad_() for p in values]
+            state = dict(zip([*trained, *fixed], [*own, *others], strict=True))
+            given = iter(tensors)
+            filled = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            args = (weight, *tree_unflatten(filled, spec))
+            value = functional_call(objective, state, args)
+            with torch.autocast(value.loss.device.type, enabled=False):
+                gradients = torch.autograd.grad(
+                    value.loss, own, allow_unused=True, materialize_grads=True
+                )
+            return [*value, *gradients]
+
+        inputs = [list(trained.values()), list(fixed.values()), kl_weight, _tensors(leaves)]
+        try:
+            with local_parameters(), pyro_checks(structure=True):
+                self._learn_reuse(kl_weight, batch, fixed)
+            with local_parameters(), pyro_checks(structure=False), _without_onednn():
+                graph = make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+        except Exception as error:
+            raise UntraceableError(
+                f"the objective cannot be traced into one graph: {_reason(error)}\n"
+                "  Try compile=False, or a model whose control flow does not depend on the values "
+                "of data or weights."
+            ) from error
+        run_graph = torch.compile(graph, backend=self.backend, dynamic=False)
+        return _Graph(run_graph, list(trained.values()), list(fixed.values()))
+
+    @torch.no_grad()
+    def _learn_reuse(
+        self, kl_weight: Tensor, batch: tuple[Any, ...], fixed: dict[str, Tensor]
+    ) -> None:
+        """Run once as it is: a weight that is used twice is found, and sites get their names.
+
+        Random numbers and buffers stay as they were.
+        """
+        copies = {name: value.clone() for name, value in fixed.items()}
+        device = self.objective.guide.location_parameters()[0].device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            functional_call(self.objective, copies, (kl_weight, *batch))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._graphs.clear()  # buffers are replaced
+        super()._apply(fn, recurse)
+        return self
+
+
+class _Evaluate(torch.autograd.Function):
+    """Runs a graph that has computed its gradient along with its value."""
+
+    @staticmethod
+    def forward(ctx: Any, graph: _Graph, kl_weight: Tensor, leaves: Any, *trained: Tensor) -> Any:
+        loss, terms, score, *gradients = graph.run(
+            graph.trained, graph.fixed, kl_weight, _tensors(leaves)
+        )
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(terms, score)
+        return loss, terms, score
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
+        return None, None, None, *torch._foreach_mul(ctx.saved_tensors, grad_loss)
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    """Its recurrent layers have a backward pass that cannot be traced; torch's own can."""
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, and the line of the user's own code that led there."""
+    what = f"{type(error).__name__}: {error}"
+    if isinstance(error, DataDependentOutputException):
+        what = "a value is read back from a tensor"
+    library = tuple(path for module in (torch, pyro, bayes_svdo) for path in module.__path__)
+    lines = [
+        f'\n  at line {frame.lineno} of "{frame.filename}": {frame.line}'
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith(library) and Path(frame.filename).exists()
+    ]
+    return what + "".join(lines[-1:])
+
+
+def _tensors(leaves: Iterable[Any]) -> list[Tensor]:
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]

@@ -1,0 +1,62 @@
+"""Model, guide and ELBO as one module: what a training step evaluates."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bayes_svdo.inference.elbo import TraceAnalyticKL_ELBO
+from bayes_svdo.inference.guide import AdditiveNoiseGuide
+from bayes_svdo.models import BayesianNetwork
+
+
+class ObjectiveValue(NamedTuple):
+    """One estimate of the objective.
+
+    Attributes:
+        loss: Negative log likelihood plus weighted KL, nats; carries the gradient.
+        terms: Negative log likelihood of each observed site, then KL of each latent one, nats.
+        score: Sum over the batch of the likelihood's score (right answers, squared errors); 0 for
+            a model written by hand.
+    """
+
+    loss: Tensor
+    terms: Tensor
+    score: Tensor
+
+
+class Objective(nn.Module):
+    """The objective of a model and a guide.
+
+    Attributes:
+        observed: Names of the observed sites, in the order of the terms; empty before a first call.
+        latent: Names of the latent sites; likewise.
+    """
+
+    def __init__(self, model: Any, guide: AdditiveNoiseGuide, elbo: TraceAnalyticKL_ELBO) -> None:
+        super().__init__()
+        self.model, self.guide, self.elbo = model, guide, elbo
+        self.observed: list[str] = []
+        self.latent: list[str] = []
+        # What it learned of other models would change the random numbers of this run.
+        elbo.forget_reuse()
+
+    def forward(self, kl_weight: Tensor, *batch: Any) -> ObjectiveValue:
+        """One estimate on a batch; the weight multiplies the ELBO's own ``kl_weight``."""
+        terms = self.elbo.terms(self.model, self.guide, *batch)
+        self.observed, self.latent = list(terms.observed), list(terms.kl)
+        vector = torch.stack([*terms.observed.values(), *terms.kl.values()])
+        count = len(self.observed)
+        weight = (kl_weight * self.elbo.kl_weight).to(vector.dtype)
+        loss = vector[:count].sum() + weight * vector[count:].sum()
+        return ObjectiveValue(loss, vector.detach(), self._score(terms.output, vector, *batch))
+
+    def _score(self, output: Any, like: Tensor, *batch: Any) -> Tensor:
+        if not isinstance(self.model, BayesianNetwork):
+            return like.new_zeros(())
+        output = output.detach()
+        if self.elbo.vectorize_particles and self.elbo.num_particles > 1:
+            output = output.mean(0)
+        return self.model.likelihood.score(output, batch[1]).sum()

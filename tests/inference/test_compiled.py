@@ -1,0 +1,295 @@
+"""The compiled objective: the same numbers as without, from one graph per signature."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+from torch import nn
+
+from bayes_svdo import AdditiveNoiseGuide, BayesianNetwork, LogUniform, TraceAnalyticKL_ELBO, fit
+from bayes_svdo.inference import compiled as module
+from bayes_svdo.inference.compiled import (
+    UntraceableError,
+    compile_objective,
+    wants_compilation,
+)
+from bayes_svdo.inference.posterior import local_parameters
+from bayes_svdo.models import Categorical, dense
+
+X, Y = torch.rand(30, 64, generator=torch.Generator().manual_seed(0)), torch.arange(30) % 10
+FULL = torch.ones((), dtype=torch.float64)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def traced_only(monkeypatch):
+    """What is traced runs as it is: compilers take their time."""
+    monkeypatch.setattr(torch, "compile", lambda graph, **options: graph)
+
+
+class Recurrent(nn.Module):
+    """A weight in a nested call, used at every time step."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.out = nn.LSTM(8, 6, batch_first=True), nn.Linear(6, 10)
+
+    def forward(self, x):
+        return self.out(self.lstm(x.view(-1, 8, 8))[0][:, -1])
+
+
+class Twice(nn.Module):
+    """A weight that is used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.out = nn.Linear(64, 64), nn.Linear(64, 10)
+
+    def forward(self, x):
+        return self.out(self.inner(self.inner(x).relu()))
+
+
+def convolutional():
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
+        nn.Flatten(), nn.Dropout(0.2), nn.Linear(144, 10),
+    )  # fmt: skip
+
+
+NETWORKS = {
+    "dense": lambda: dense((64, 20, 10)),
+    "convolutional": convolutional,
+    "recurrent": Recurrent,
+    "reused": Twice,
+}
+
+
+def make(net, backend="inductor", sigma="weight", **elbo):
+    torch.manual_seed(0)
+    model = BayesianNetwork(net, Categorical(), num_data=1000)
+    guide = AdditiveNoiseGuide(model, init_log_sigma2=-3.0, sigma=sigma)
+    return compile_objective(TraceAnalyticKL_ELBO(**elbo), model, guide, backend=backend)
+
+
+def evaluate(objective, kl_weight, *batch):
+    """Value and gradients, from the same random numbers every time."""
+    objective.zero_grad()
+    torch.manual_seed(5)
+    with local_parameters():
+        value = objective(kl_weight, *batch)
+        value.loss.backward()
+    return value, {n: p.grad for n, p in objective.named_parameters() if p.grad is not None}
+
+
+def check_equal(compiled, *batch, rtol=1e-5):
+    """The same value and gradients as without compilation."""
+    for kl_weight in (FULL, 0.1 * FULL):
+        found, gradients = evaluate(compiled, kl_weight, *batch)
+        expected, others = evaluate(compiled.objective, kl_weight, *batch)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=rtol, atol=1e-5)
+        assert {f"objective.{name}" for name in others} == set(gradients)
+        for name, other in others.items():
+            error = (gradients[f"objective.{name}"] - other).norm()
+            assert error <= rtol * other.norm() + 1e-6, name
+
+
+@pytest.mark.usefixtures("traced_only")
+@pytest.mark.parametrize("net", NETWORKS.values(), ids=NETWORKS)
+def test_values_and_gradients_are_those_of_the_objective(net):
+    check_equal(make(net()), X, Y)
+
+
+@pytest.mark.usefixtures("traced_only")
+@pytest.mark.parametrize(
+    "elbo",
+    [
+        {"num_particles": 2},
+        {"num_particles": 2, "vectorize_particles": True},
+        {"local_reparameterization": False},
+    ],
+    ids=str,
+)
+def test_every_kind_of_elbo_can_be_compiled(elbo):
+    check_equal(make(dense((64, 20, 10)), sigma="unit", **elbo), X, Y)
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_a_model_written_by_hand_can_be_compiled():
+    def model(x, y):
+        w = pyro.sample("w", LogUniform().expand([64]).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+    guide = AdditiveNoiseGuide(model)
+    with local_parameters():
+        guide(X, Y.float())
+    compiled = compile_objective(TraceAnalyticKL_ELBO(), model, guide, X, Y.float())
+    check_equal(compiled, X, Y.float())
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_noise_is_drawn_anew_and_repeats_with_the_seed():
+    compiled = make(dense((64, 20, 10)))
+    first, _ = evaluate(compiled, FULL, X, Y)
+    with local_parameters():
+        second = compiled(FULL, X, Y)
+    assert first.loss != second.loss
+    assert evaluate(compiled, FULL, X, Y)[0].loss == first.loss
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_a_pass_leaves_random_numbers_and_buffers_as_one_pass_does():
+    compiled = make(convolutional())
+    with local_parameters():
+        torch.manual_seed(3)
+        compiled(FULL, X, Y)
+        state = torch.get_rng_state()
+        norm = compiled.objective.model.net[2]
+        assert norm.num_batches_tracked == 1
+        torch.manual_seed(3)
+        compiled.objective(FULL, X, Y)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert norm.num_batches_tracked == 2
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_one_graph_for_every_signature(monkeypatch):
+    compiled, traced = make(dense((64, 20, 10))), []
+    compile_one = compiled._compile
+    monkeypatch.setattr(
+        compiled, "_compile", lambda *args: traced.append(args) or compile_one(*args)
+    )
+    with local_parameters():
+        for size in (30, 12, 30, 12, 30):
+            compiled(FULL, X[:size], Y[:size])
+        assert len(traced) == 2
+        with torch.no_grad():
+            compiled(FULL, X[:7], Y[:7])
+        assert len(traced) == 2
+        compiled.objective.guide.prune_(3.0)
+        compiled(FULL, X, Y)
+        assert len(traced) == 3
+        compiled.eval()
+        compiled(FULL, X, Y)
+        assert len(traced) == 4
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_beyond_eight_signatures_nothing_more_is_compiled(monkeypatch):
+    monkeypatch.setattr(module, "_MOST_SIGNATURES", 1)
+    compiled = make(dense((64, 20, 10)))
+    with local_parameters():
+        compiled(FULL, X, Y)
+        with pytest.warns(UserWarning, match=r"1 different shapes(.|\n)*Try batches of equal"):
+            value = compiled(FULL, X[:5], Y[:5])
+        value.loss.backward()
+        compiled(FULL, X[:6], Y[:6])  # says it once
+    assert len(compiled._graphs) == 1
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_zeroed_weights_stay_zero_and_get_no_gradient():
+    compiled = make(dense((64, 20, 10)))
+    with torch.no_grad():
+        compiled.objective.guide.log_sigma2.fc1.weight[:3] = 20.0
+    compiled.objective.guide.prune_(3.0)
+    check_equal(compiled, X, Y)
+    evaluate(compiled, FULL, X, Y)
+    gradient = compiled.objective.guide.location_parameters()[0].grad
+    assert (gradient[:3] == 0).all()
+    assert (gradient[3:] != 0).any()
+
+
+@pytest.mark.usefixtures("traced_only")
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed"])
+def test_fit_finds_the_same_with_and_without(precision):
+    posteriors = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        model = BayesianNetwork(dense((64, 8, 10)), Categorical(), num_data=30)
+        posteriors.append(
+            fit(
+                model, (X.double() if precision == "64-true" else X, Y), epochs=6, batch_size=20,
+                lr=0.02, precision=precision, compile=compile, seed=0, progress=False,
+            )
+        )  # fmt: skip
+    eager, compiled = posteriors
+    rtol = 0.05 if precision == "bf16-mixed" else 1e-4
+    for name, value in eager.means(math.inf).items():
+        error = (compiled.means(math.inf)[name] - value).norm()
+        assert error < rtol * value.norm()
+    assert compiled.history.column("objective") == pytest.approx(
+        eager.history.column("objective"), rel=rtol
+    )
+
+
+class Branching(nn.Module):
+    """Goes either way, depending on a value."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(64, 10)
+
+    def forward(self, x):
+        output = self.inner(x)
+        return output if output.sum() > 0 else -output
+
+
+def test_a_graph_goes_through_torch_compile():
+    check_equal(make(dense((64, 20, 10)), backend="aot_eager"), X, Y)
+
+
+def test_control_flow_that_depends_on_values_is_named():
+    with pytest.raises(UntraceableError, match=r"cannot be traced(.|\n)*output\.sum\(\) > 0"):
+        make(Branching()).prepare(FULL, X, Y)
+
+
+def options(**changes):
+    return {
+        "device": CPU, "precision": "32-true", "steps": 10_000, "pruning": False, **changes
+    }  # fmt: skip
+
+
+def test_auto_compiles_long_runs_where_there_is_a_compiler(monkeypatch):
+    monkeypatch.setattr(module, "which", lambda name: "/bin/" + name)
+    assert wants_compilation("auto", **options())
+    assert wants_compilation(True, **options(steps=1))
+    assert not wants_compilation(False, **options())
+    assert not wants_compilation("auto", **options(steps=9_999))
+    assert not wants_compilation("auto", **options(pruning=True))
+    assert not wants_compilation("auto", **options(precision="16-mixed"))
+    monkeypatch.setattr(module, "which", lambda name: None)
+    assert not wants_compilation("auto", **options())
+
+
+def test_what_cannot_be_compiled_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match="compile must be True, False or \"auto\", but is 'yes'"):
+        wants_compilation("yes", **options())
+    with pytest.raises(ValueError, match="16-mixed"):
+        wants_compilation(True, **options(precision="16-mixed"))
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="no triton"):
+        wants_compilation(True, **options(device=torch.device("cuda")))
+    monkeypatch.setattr(module, "which", lambda name: None)
+    with pytest.raises(ValueError, match=r"no C\+\+ compiler(.|\n)*Try compile=False"):
+        wants_compilation(True, **options())
+
+
+@pytest.mark.slow
+@pytest.mark.no_cover
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
+def test_inductor_gives_the_same_where_there_is_a_compiler(monkeypatch):
+    """Its own random numbers are others; with torch's, all is equal."""
+    if not any(map(shutil.which, ("g++", "clang++"))):
+        with pytest.raises(ValueError, match=re.escape("no C++ compiler")):
+            wants_compilation(True, **options())
+        return
+    monkeypatch.setattr(torch._inductor.config, "fallback_random", True)
+    check_equal(make(dense((64, 20, 10)), backend="inductor"), X, Y)
