@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
+from types import FrameType
 from typing import Any, Literal, get_args
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 from bayes_svdo.distributions.additive_noise import AdditiveNoiseNormal
@@ -88,6 +91,8 @@ class Draw:
         self.check_gradients()
         if self.used and self.reuse == "draw":
             raise WeightReused(self.name)
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            self._refuse_checkpoints()
         self.used = True
 
     def claim_moments(self) -> tuple[Tensor, Tensor]:
@@ -112,4 +117,21 @@ class Draw:
         itself, which is no function of ``loc``, that it need not go back.
         """
         if self.grad_enabled and not torch.is_grad_enabled():
+            self._refuse_checkpoints()
             raise WeightReused(self.name, "inside torch.no_grad or a custom autograd.Function")
+
+    def _refuse_checkpoints(self) -> None:
+        """A checkpoint runs its part again in the backward pass, when other weights are in place.
+
+        Raises:
+            NotImplementedError: This is called from within one.
+        """
+        frame: FrameType | None = sys._getframe()
+        while frame is not None:
+            if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
+                raise NotImplementedError(
+                    f'the weight of site "{self.name}" is used inside of torch.utils.checkpoint, '
+                    "which runs the network again after its sampled weights are gone.\n"
+                    "  Try the network without checkpoints, or smaller batches."
+                )
+            frame = frame.f_back

@@ -10,13 +10,16 @@ Each output is drawn on its own. Its marginal distribution is that of weight sam
 row of the batch and every position of a convolution; the dependence between outputs that share a
 weight (rows of a batch, positions of a feature map, occurrences of a word) is dropped, as by
 Molchanov, Ashukha & Vetrov (2017), https://arxiv.org/abs/1701.05369. A product of weights (with one
-another, or with an ``nn.Parameter``) holds no data, and is computed from the drawn weight.
+another, or with a parameter or buffer of the network) holds no data, and is computed from the drawn
+weight. What a network *computes* from such tensors looks like data; a weight that is multiplied by
+it (a low-rank factor, a hypernetwork) must be named: ``LocalReparameterization(drawn={...})``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
@@ -157,14 +160,41 @@ def _is_undrawn(value: Any) -> bool:
     return isinstance(value, UndrawnSample) and not value.is_drawn
 
 
-def _may_stay_undrawn(weight: Any, x: Any) -> bool:
-    """Whether ``weight`` is undrawn and ``x`` is data.
+# Storages of the parameters and buffers of the network that is running.
+_CONSTANTS: ContextVar[frozenset[int | None]] = ContextVar("_CONSTANTS", default=frozenset())
 
-    The product of weights is mixed by what follows as a weight is: its entries must share one draw.
+
+@contextmanager
+def constants(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Within, these tensors and views of them are no data: a weight times one of them is a weight.
+
+    The entries of such a product must share one draw, for what follows mixes them.
     """
-    return _is_undrawn(weight) and not any(
-        isinstance(leaf, (UndrawnSample, nn.Parameter)) for leaf in tree_leaves(x)
+    token = _CONSTANTS.set(frozenset(map(_storage, tensors)) - {None})
+    try:
+        yield
+    finally:
+        _CONSTANTS.reset(token)
+
+
+def _storage(tensor: Tensor) -> int | None:
+    """What tells views of one tensor from other tensors; None for those of sparse or vmap kinds."""
+    try:
+        address: int = tensor.untyped_storage()._cdata
+        return address
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def _is_constant(value: Any) -> bool:
+    return isinstance(value, (UndrawnSample, nn.Parameter)) or (
+        isinstance(value, Tensor) and _storage(value) in _CONSTANTS.get()
     )
+
+
+def _may_stay_undrawn(weight: Any, x: Any) -> bool:
+    """Whether ``weight`` is undrawn and ``x`` is data."""
+    return _is_undrawn(weight) and not any(map(_is_constant, tree_leaves(x)))
 
 
 def _output(

@@ -12,6 +12,7 @@ import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import copy, deepcopy
+from numbers import Integral
 from typing import Any, NoReturn, Self
 
 import pyro
@@ -28,7 +29,7 @@ from torch.nn.parameter import is_lazy
 from bayes_svdo._names import closest
 from bayes_svdo.distributions import LogUniform
 from bayes_svdo.distributions.scale_free import ScaleFreePrior
-from bayes_svdo.distributions.undrawn import drawn
+from bayes_svdo.distributions.undrawn import constants, drawn
 from bayes_svdo.models.likelihoods import Likelihood
 
 Where = str | type[nn.Module] | Callable[[str, Tensor], bool]
@@ -83,7 +84,8 @@ class BayesianNetwork(PyroModule):
                 "likelihood must be an instance of one of bayes_svdo.models.likelihoods, such as "
                 f"Categorical(), but is {likelihood!r}."
             )
-        if isinstance(num_data, bool) or not isinstance(num_data, int) or num_data < 1:
+        given: object = num_data  # NumPy's integers are integers, too
+        if isinstance(given, bool) or not isinstance(given, Integral) or given < 1:
             raise ValueError(
                 "num_data must be the number of data points in the training set, an integer of at "
                 f"least 1, but is {num_data!r}."
@@ -98,7 +100,7 @@ class BayesianNetwork(PyroModule):
         self.net = deepcopy(net)
         _freeze(self.net, self.sites)
         self.likelihood = likelihood
-        self.num_data = num_data
+        self.num_data = int(num_data)
         own = self.net.get_buffer(self.sites[0])
         self.prior = _moved(prior, lambda value: value.to(own))
 
@@ -166,7 +168,8 @@ def _run(net: nn.Module, weights: dict[str, Tensor], x: Any) -> tuple[Tensor, in
 
 
 def _call(net: nn.Module, weights: dict[str, Tensor], inputs: tuple[Any, ...]) -> Tensor:
-    output = functional_call(net, weights, inputs)
+    with constants([*net.parameters(), *net.buffers()]):
+        output = functional_call(net, weights, inputs)
     if not isinstance(output, Tensor):
         raise TypeError(
             f"net must return one tensor, but returned a {type(output).__name__}.\n"

@@ -76,6 +76,12 @@ class Likelihood(nn.Module, ABC):
             ValueError: ``y`` is not of the shape that goes with ``output``, or holds more points
                 than ``num_data``.
         """
+        if output.dtype in (torch.float16, torch.bfloat16):  # autocast's; no dtype for sums of logs
+            output = output.float()
+        with torch.autocast(output.device.type, enabled=False):
+            self._observe(output, y, num_data, sample_dims)
+
+    def _observe(self, output: Tensor, y: Tensor | None, num_data: int, sample_dims: int) -> None:
         likelihood = self.distribution(output)
         batch_size = output.shape[sample_dims]
         if y is not None and batch_size > num_data:

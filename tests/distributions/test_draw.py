@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from bayes_svdo.distributions import AdditiveNoiseNormal, WeightReused
 from bayes_svdo.distributions.draw import Draw, check_reuse
@@ -129,3 +130,18 @@ def test_reuse_is_checked() -> None:
     assert check_reuse("draw") == "draw"
     with pytest.raises(ValueError, match='reuse must be "draw" or "independent", but is \'both\''):
         make(reuse="both")
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpoint_is_refused_by_name(use_reentrant: bool) -> None:
+    """It would run again in the backward pass, with whatever weights are in place by then."""
+    draw, x = make(), torch.randn(2000, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(NotImplementedError, match=r'site "w" is used inside of torch.utils.check'):
+        checkpoint(lambda x: x * draw.draw(), x, use_reentrant=use_reentrant)
+
+
+def test_other_hooks_on_saved_tensors_are_welcome() -> None:
+    draw = make()
+    with torch.autograd.graph.save_on_cpu():
+        draw.draw().square().sum().backward()
+    assert draw.q.loc.grad is not None

@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -17,7 +18,12 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.rnn import pack_sequence
 
-from bayes_svdo.distributions import EmpiricalBayes, LogUniform, UndrawnSample
+from bayes_svdo.distributions import (
+    EmpiricalBayes,
+    LocalReparameterization,
+    LogUniform,
+    UndrawnSample,
+)
 from bayes_svdo.inference import AdditiveNoiseGuide, TraceAnalyticKL_ELBO
 from bayes_svdo.models import BayesianNetwork, Bernoulli, Categorical, Gaussian, dense
 
@@ -809,3 +815,40 @@ def test_networks_learn_on_cuda(name: str, prior: Any) -> None:
         assert parameter.is_cuda
         assert parameter.grad is not None
         assert parameter.grad.isfinite().all()
+
+
+class LowRank(nn.Module):
+    """The weight of the only layer is a product of a sampled factor and a constant one."""
+
+    def __init__(self, basis: str) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.zeros(1, 2))
+        self.register_buffer("buffer", torch.ones(2, 50))
+        self.parameter = nn.Parameter(torch.ones(2, 50))
+        self.basis = basis
+
+    def forward(self, x: Tensor) -> Tensor:
+        basis = {
+            "buffer": self.get_buffer("buffer"),
+            "parameter": self.parameter,
+            "view of a parameter": self.parameter.T.T,
+        }[self.basis]
+        return F.linear(x, self.theta @ basis)
+
+
+@pytest.mark.parametrize("basis", ["buffer", "parameter", "view of a parameter"])
+def test_a_weight_times_a_constant_is_a_weight(basis: str) -> None:
+    """Its 50 entries share two draws: the output's variance is 2 * 50², not 50 * 2."""
+    model = BayesianNetwork(LowRank(basis), Gaussian(), 10, where="theta")
+    guide = AdditiveNoiseGuide(model, init_log_sigma2=0.0)
+    x, outputs = torch.ones(1, 50), []
+    for _ in range(400):
+        trace = poutine.trace(LocalReparameterization()(guide)).get_trace(x)
+        outputs.append(poutine.replay(model, trace)(x).item())
+    # The log of a sample variance has standard error sqrt(2 / 399).
+    assert abs(math.log(torch.tensor(outputs).var() / 5000)) < 6 * (2 / 399) ** 0.5
+
+
+def test_num_data_may_be_an_integer_of_numpy() -> None:
+    model = BayesianNetwork(nn.Linear(2, 1), Gaussian(), np.int64(64))  # type: ignore[arg-type]
+    assert type(model.num_data) is int

@@ -375,3 +375,13 @@ def test_they_score_on_cuda(case: Any) -> None:
     total = scored(make().cuda(), output.cuda(), y.cuda(), num_data=N)
     assert total.is_cuda
     torch.testing.assert_close(total.cpu(), log_prob(output, y).sum(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_logits_of_half_precision_are_scored_in_single(dtype: torch.dtype) -> None:
+    """In bfloat16 the second class of these would have probability zero, and the NLL no digits."""
+    logits, y = torch.tensor([[9.0, 0.0, 0.0]] * 4, dtype=dtype), torch.zeros(4, dtype=torch.int64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = scored(Categorical(), logits, y, 4)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, -F.cross_entropy(logits.float(), y, reduction="sum"))
