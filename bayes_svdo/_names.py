@@ -7,9 +7,10 @@ from collections.abc import Iterable
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """`` Did you mean "..."?`` for the closest of ``known``, or an empty string."""
-    matches = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    return f' Did you mean "{matches[0]}"?' if matches else ""
+    """`` Did you mean "..."?`` for the closest of ``known``, case aside, or an empty string."""
+    lower = {each.lower(): each for each in known}
+    matches = difflib.get_close_matches(str(name).lower(), list(lower), n=1, cutoff=0.5)
+    return f' Did you mean "{lower[matches[0]]}"?' if matches else ""
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> ValueError:

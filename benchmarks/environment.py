@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from bayes_svdo.experiments import files
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -25,13 +25,9 @@ def environment(*packages: str) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write all of it or nothing."""
+    """Write all of it or nothing, with null for inf and NaN, which JSON does not have."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-    Path(file.name).chmod(0o644)
-    Path(file.name).replace(path)
+    files.write_json(path, content)
 
 
 def _cpu() -> str:

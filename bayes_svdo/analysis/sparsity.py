@@ -46,15 +46,18 @@ class SparsityTable(Sequence[LayerSparsity]):
         layers: One entry per site, in the network's order.
         threshold: A weight is zero where ``log alpha >= threshold``.
         num_biases: Parameters that are no weights (biases, normalisation) and are never pruned.
+        num_dense: Weights without a prior, which are never pruned either; in ``weights`` they do
+            not count.
     """
 
     layers: tuple[LayerSparsity, ...]
     threshold: float
     num_biases: int = 0
+    num_dense: int = 0
 
     @property
     def weights(self) -> int:
-        """Number of weights."""
+        """Number of weights with a prior."""
         return sum(layer.weights for layer in self.layers)
 
     @property
@@ -74,9 +77,10 @@ class SparsityTable(Sequence[LayerSparsity]):
 
     @property
     def compression_with_biases(self) -> float:
-        """(Weights + biases) / (nonzero weights + biases)."""
-        left = self.nonzero + self.num_biases
-        return (self.weights + self.num_biases) / left if left else float("inf")
+        """All parameters / those that are not zero: biases and weights without a prior count."""
+        others = self.num_biases + self.num_dense
+        left = self.nonzero + others
+        return (self.weights + others) / left if left else float("inf")
 
     def __getitem__(self, index: int | str) -> LayerSparsity:  # type: ignore[override]
         if isinstance(index, str):
@@ -137,10 +141,13 @@ class SparsityTable(Sequence[LayerSparsity]):
         return table
 
     def _caption(self) -> str:
-        return (
-            f"pruned where log α >= {self.threshold:g}: {self.compression:.1f}x fewer weights "
-            f"({self.compression_with_biases:.1f}x counting {self.num_biases:,} biases)"
-        )
+        fewer = f"{self.compression:.1f}x fewer weights" if self.nonzero else "no weight is left"
+        others = [f"{self.num_biases:,} biases"] if self.num_biases or not self.num_dense else []
+        if self.num_dense:
+            others.append(f"{self.num_dense:,} weights without a prior")
+        if self.compression_with_biases < float("inf"):
+            fewer += f" ({self.compression_with_biases:.1f}x counting {' and '.join(others)})"
+        return f"pruned where log α >= {self.threshold:g}: {fewer}"
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=100, color_system=None)
@@ -150,13 +157,14 @@ class SparsityTable(Sequence[LayerSparsity]):
 
 
 def sparsity_table(
-    log_alpha: Mapping[str, Tensor], threshold: float, num_biases: int = 0
+    log_alpha: Mapping[str, Tensor], threshold: float, num_biases: int = 0, num_dense: int = 0
 ) -> SparsityTable:
     """Sparsity at a threshold, from ``log alpha`` of each site (any shape; inf where pruned)."""
     return SparsityTable(
         tuple(_layer(name, value, threshold) for name, value in log_alpha.items()),
         threshold,
         num_biases,
+        num_dense,
     )
 
 

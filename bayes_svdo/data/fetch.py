@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,13 +124,14 @@ def _download(
     show_bar = progress and sys.stderr is not None and sys.stderr.isatty()
     for mirror in files.mirrors:
         try:
-            path = pooch.retrieve(
-                mirror + file,
-                known_hash=f"sha256:{files.sha256[file]}",
-                fname=file,
-                path=target,
-                downloader=pooch.HTTPDownloader(progressbar=show_bar),
-            )
+            with _without_empty_folders(target):
+                path = pooch.retrieve(
+                    mirror + file,
+                    known_hash=f"sha256:{files.sha256[file]}",
+                    fname=file,
+                    path=target,
+                    downloader=pooch.HTTPDownloader(progressbar=show_bar),
+                )
             return Path(path)
         except OSError as error:  # every network error of requests, and a full or read-only disk
             attempts.append(f"{mirror + file}: {error}")
@@ -138,6 +140,18 @@ def _download(
             attempts.append(f"{mirror + file}: {error}")
     message = _not_obtained(files, file, target, searched, attempts)
     raise CorruptDataError(message) if wrong_bytes else DataNotFoundError(message)
+
+
+@contextmanager
+def _without_empty_folders(folder: Path) -> Iterator[None]:
+    """Remove the folders that came into being and have nothing in them."""
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        yield
+    finally:
+        for each in new:
+            with suppress(OSError):  # not empty, or never made
+                each.rmdir()
 
 
 def _not_obtained(

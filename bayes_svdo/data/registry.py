@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import operator
 import os
 from collections.abc import Callable
 
+from bayes_svdo._names import unknown_name
 from bayes_svdo.data.bundled import load_diabetes, load_digits
 from bayes_svdo.data.dataset import DataSet
 from bayes_svdo.data.fetch import data_folders
@@ -60,7 +60,7 @@ def load(
         CorruptDataError: If a file is truncated, damaged or inconsistent; the message names it.
     """
     if name not in available():
-        raise ValueError(_unknown(name))
+        raise unknown_name("data set", name, available())
     if root is not None:
         data_folders(root)  # a folder that does not exist is an error for every set
     if name in UCI_SETS:
@@ -74,9 +74,3 @@ def load(
     if name in IDX_SETS:
         return load_idx_set(name, root, progress=progress)
     return _BUNDLED[name]()
-
-
-def _unknown(name: object) -> str:
-    close = difflib.get_close_matches(str(name).lower(), available(), n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"unknown data set {name!r}.{hint} Available: {', '.join(available())}."

@@ -18,11 +18,10 @@ import json
 import math
 import os
 import platform
-import secrets
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -32,6 +31,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from rich.table import Table
 
+from bayes_svdo.experiments.files import beside, replacing, write_json
 from bayes_svdo.inference import Posterior
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from bayes_svdo.analysis.snapshots import Snapshots
 
 FORMAT = 1
-_CONFIG, _POSTERIOR, _HISTORY, _SUMMARY = (
+CONFIG, _POSTERIOR, _HISTORY, _SUMMARY = (
     "config.json",
     "posterior",
     "history.csv",
@@ -54,7 +54,7 @@ _TRAINING, _LOG_ALPHA, _WEIGHTS, _ANIMATION = (
     "sparsification.gif",
 )
 PICTURES = (_TRAINING, _LOG_ALPHA, _WEIGHTS, _ANIMATION)
-_FILES = {_CONFIG, _POSTERIOR, _HISTORY, _SUMMARY, *PICTURES}
+_FILES = frozenset({CONFIG, _POSTERIOR, _HISTORY, _SUMMARY, *PICTURES})
 _HEADINGS = {
     "weights": "weights",
     "error_percent": "error",
@@ -123,12 +123,15 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def check_place(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+def check_place(
+    path: str | os.PathLike[str], *, overwrite: bool = False, files: Collection[str] = _FILES
+) -> Path:
     """Refuse a place for a run folder before anything is spent on the run.
 
     Args:
         path: Where the folder is to be.
         overwrite: Whether a run folder that is there may be replaced. Nothing else ever is.
+        files: What a run folder may hold.
 
     Returns:
         The absolute path.
@@ -148,9 +151,9 @@ def check_place(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pat
             f"--out {path} is not empty. Name another folder, or replace the run in it by "
             "--overwrite."
         )
-    strange = [name for name in contents if name not in _FILES]
-    if strange or (contents and _CONFIG not in contents):
-        what = f"it holds {strange[0]}" if strange else f"it has no {_CONFIG}"
+    strange = [name for name in contents if name not in files]
+    if strange or (contents and CONFIG not in contents):
+        what = f"it holds {strange[0]}" if strange else f"it has no {CONFIG}"
         raise RunError(
             f"--out {path} is not a run folder, so it is not overwritten: {what}. "
             "Name another folder."
@@ -168,14 +171,14 @@ def save(run: Run, path: str | os.PathLike[str], *, overwrite: bool = False) -> 
     """
     place = check_place(path, overwrite=overwrite)
     place.parent.mkdir(parents=True, exist_ok=True)
-    staging = _beside(place)
+    staging = beside(place)
     try:
         staging.mkdir()
         run.posterior.save(staging / _POSTERIOR)
         run.posterior.history.to_csv(staging / _HISTORY)
-        _write_json(staging / _SUMMARY, run.summary)
-        _write_json(staging / _CONFIG, {"format": FORMAT, **run.config})
-        _move(staging, place)
+        write_json(staging / _SUMMARY, run.summary)
+        write_json(staging / CONFIG, {"format": FORMAT, **run.config})
+        move(staging, place)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -192,12 +195,12 @@ def load(path: str | os.PathLike[str]) -> Run:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise RunError(f"{path} is not a folder. Name a folder that bayes-svdo fit wrote.")
-    config, summary = _read_json(folder / _CONFIG), _read_json(folder / _SUMMARY)
+    config, summary = read_json(folder / CONFIG), read_json(folder / _SUMMARY)
     if config.pop("format", None) != FORMAT:
-        raise RunError(f"{folder / _CONFIG} is not of the format {FORMAT} that this version reads.")
-    _require(config, ("settings", "data"), folder / _CONFIG)
-    _require(config["settings"], ("model", "data", "seed"), folder / _CONFIG)
-    _require(summary, ("test", "interrupted", "stopped_because"), folder / _SUMMARY)
+        raise RunError(f"{folder / CONFIG} is not of the format {FORMAT} that this version reads.")
+    require(config, ("settings", "data"), folder / CONFIG)
+    require(config["settings"], ("model", "data", "seed"), folder / CONFIG)
+    require(summary, ("test", "interrupted", "stopped_because"), folder / _SUMMARY)
     return Run(Posterior.load(folder / _POSTERIOR), config, summary)
 
 
@@ -270,24 +273,16 @@ def _cell(metric: str, value: float | None) -> str:
 
 def _draw(path: Path, plot: Callable[[], Figure | SubFigure]) -> None:
     """Write a picture; one that is there is replaced when the new one is complete."""
-    temporary = _beside(path)
-    try:
-        cast("Figure", plot()).savefig(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as unfinished:
+        cast("Figure", plot()).savefig(unfinished)
 
 
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
-
-
-def _move(staging: Path, place: Path) -> None:
+def move(staging: Path, place: Path) -> None:
     """Give a complete folder its name; what had that name goes only then."""
     if not place.exists():
         staging.rename(place)
         return
-    old = _beside(place)
+    old = beside(place)
     place.rename(old)
     try:
         staging.rename(place)
@@ -297,20 +292,8 @@ def _move(staging: Path, place: Path) -> None:
     shutil.rmtree(old)
 
 
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    """The value with None for inf and NaN, which JSON does not have."""
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a run folder; RunError if it is missing or damaged."""
     if not path.is_file():
         raise RunError(f"{path.parent} is not a run folder: it has no {path.name}.")
     try:
@@ -322,7 +305,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _require(content: Mapping[str, Any], keys: Iterable[str], path: Path) -> None:
+def require(content: Mapping[str, Any], keys: Iterable[str], path: Path) -> None:
+    """RunError if a key is missing in what was read from ``path``."""
     missing = [key for key in keys if key not in content]
     if missing:
         raise RunError(f"{path} is damaged: it has no {missing[0]!r}.")

@@ -23,12 +23,14 @@ from bayes_svdo.distributions.kl import Approximation
 from bayes_svdo.experiments import runs
 from bayes_svdo.experiments.runs import Run
 from bayes_svdo.inference import AdditiveNoiseGuide, EpochEnd, Posterior, fit
+from bayes_svdo.inference.arguments import check_seed
 from bayes_svdo.models import BayesianNetwork, Categorical, Gaussian, Likelihood, build
 
 # Of an animation, about: enough to see weights go, few enough for a small file.
 _FRAMES = 60
 
-KLS = (*get_args(Approximation), "empirical_bayes")
+# Not kingma2015: it holds for alpha <= 1 only, and a fresh network has weights beyond.
+KLS = (*(kl for kl in get_args(Approximation) if kl != "kingma2015"), "empirical_bayes")
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ def run(
 
 def train(settings: Settings, task: Task, snapshots: Snapshots | None = None) -> Posterior:
     """Train only; arguments and errors as for :func:`run`. Global random state is left alone."""
+    check_seed(settings.seed)
     features = math.prod(task.train[0].shape[1:])
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.seed)
@@ -223,6 +226,11 @@ class _ProgressLines:
 
 
 def _prior(kl: str) -> LogUniform | EmpiricalBayes:
+    if kl == "kingma2015":
+        raise ValueError(
+            f'kl "{kl}" holds for alpha <= 1 only, so it cannot prune. Known: {", ".join(KLS)}.\n'
+            '  Try LogUniform("kingma2015", extrapolate=True) in Python.'
+        )
     if kl not in KLS:
         raise unknown_name("kl", kl, KLS)
     return EmpiricalBayes() if kl == "empirical_bayes" else LogUniform(cast(Approximation, kl))

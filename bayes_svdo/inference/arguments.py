@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
@@ -50,13 +52,31 @@ def check_seed(seed: object) -> int | None:
     """``seed`` as an ``int``, or None.
 
     Raises:
-        ValueError: It is neither an integer nor None.
+        ValueError: It is neither an integer that torch's generators take nor None.
     """
     if seed is None:
         return None
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
         raise ValueError(f"seed must be an integer or None, but is {seed!r}.")
-    return int(seed)
+    number = int(seed)
+    if not -(2**63) <= number < 2**64:
+        raise ValueError(f"seed must be an integer of 64 bits, but is {number}.")
+    return number
+
+
+def check_functions(name: str, value: object) -> tuple[Callable[..., Any], ...]:
+    """A list of functions as a tuple.
+
+    Raises:
+        TypeError: It is no list, or holds something else.
+    """
+    if callable(value) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a list of functions, but is {value!r}.\n  Try [{name}].")
+    functions = tuple(value)
+    for function in functions:
+        if not callable(function):
+            raise TypeError(f"{name} must be a list of functions, but holds {function!r}.")
+    return functions
 
 
 def check_precision(precision: str, device: torch.device) -> None:

@@ -58,6 +58,15 @@ class Batches(ABC):
     def first(self) -> tuple[Any, ...]:
         """A batch to look at; takes nothing from the streams of random numbers."""
 
+    @property
+    @abstractmethod
+    def last_size(self) -> int | None:
+        """Data points in the last batch of an epoch; None if that cannot be known."""
+
+    @abstractmethod
+    def can_be_all_of(self, num_data: int, seen: int) -> bool:
+        """Whether an epoch of ``seen`` data points can be one over ``num_data``."""
+
 
 class TensorBatches(Batches):
     """Tensors of equal length, shuffled and sliced where they are; the last may be smaller.
@@ -99,6 +108,15 @@ class TensorBatches(Batches):
         """The first batch in the order of the data."""
         return self._batch(slice(self.batch_size))
 
+    @property
+    def last_size(self) -> int:
+        """What is left for it."""
+        return self.num_data % self.batch_size or self.batch_size
+
+    def can_be_all_of(self, num_data: int, seen: int) -> bool:
+        """Every data point comes once."""
+        return seen == num_data
+
 
 class LoaderBatches(Batches):
     """Batches of a DataLoader, moved to the device.
@@ -111,7 +129,6 @@ class LoaderBatches(Batches):
         num_data: Number of data points, for a loader that cannot tell.
 
     Raises:
-        TypeError: The loader has no length, and none follows from ``num_data``.
         ValueError: An epoch has no batch.
     """
 
@@ -136,18 +153,25 @@ class LoaderBatches(Batches):
                 f"{loader.batch_size}, drop_last={loader.drop_last}."
             )
 
-    def _count(self, num_data: int | None) -> int:
+    def _count(self, num_data: int | None) -> int | None:
         try:
             return len(self.loader)
         except TypeError:  # an IterableDataset without __len__
             if num_data is None or self.loader.batch_size is None:
-                raise TypeError(
-                    f"{self.name} is a DataLoader without a length, from which no schedule can be "
-                    "made.\n  Try giving its dataset a __len__, the number of data points."
-                ) from None
+                return None
             return -(-num_data // self.loader.batch_size)
 
     def __len__(self) -> int:
+        """Number of batches in an epoch.
+
+        Raises:
+            TypeError: The loader has no length, and none follows from ``num_data``.
+        """
+        if self._length is None:
+            raise TypeError(
+                f"{self.name} is a DataLoader without a length, from which no schedule can be "
+                "made.\n  Try giving its dataset a __len__, the number of data points."
+            )
         return self._length
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
@@ -167,11 +191,46 @@ class LoaderBatches(Batches):
         return value.to(self.device, dtype, non_blocking=True)
 
     def first(self) -> tuple[Any, ...]:
-        """A batch of the loader."""
+        """A batch of the loader.
+
+        Raises:
+            ValueError: It gives none.
+        """
         loader = self.loader
         generators = {id(g): g for g in (loader.generator, getattr(loader.sampler, "generator", 0))}
         with torch.random.fork_rng(devices=[]), _restored(list(generators.values())):
-            return next(iter(self))
+            for batch in self:
+                return batch
+        raise ValueError(f"{self.name} gives no batches.")
+
+    @property
+    def last_size(self) -> int | None:
+        """None for streams, and for samplers that say too little."""
+        size = self.loader.batch_size
+        if size is None or isinstance(self.loader.dataset, IterableDataset):
+            return None
+        if self.loader.drop_last:
+            return size
+        sampler = self.loader.sampler
+        return len(sampler) % size or size if isinstance(sampler, Sized) else None
+
+    def can_be_all_of(self, num_data: int, seen: int) -> bool:
+        """What an epoch drops, or draws again, is allowed for."""
+        dataset, batches = self.loader.dataset, self.loader.batch_sampler
+        stream = isinstance(dataset, IterableDataset)
+        sampler = getattr(batches, "sampler", self.loader.sampler)
+        if not stream and batches is not None and isinstance(dataset, Sized):
+            # A sampler of the user's own may draw from all of them as it likes.
+            if num_data == len(dataset):
+                return True
+            if getattr(sampler, "replacement", False) and num_data < len(dataset):
+                return True
+        dropped = 0
+        if getattr(batches, "drop_last", self.loader.drop_last):
+            workers = max(1, self.loader.num_workers) if stream else 1  # each drops its own
+            size = getattr(batches, "batch_size", None) or self.loader.batch_size or 1
+            dropped = workers * (size - 1)
+        return seen <= num_data <= seen + dropped
 
 
 def make_batches(
@@ -307,12 +366,11 @@ def _check_batch_size(batch_size: int | None, num_data: int, name: str) -> int:
 def _num_data(loader: DataLoader[Any]) -> int | None:
     """Number of data points that a loader draws on, if that can be known."""
     dataset: Any = loader.dataset
-    if not isinstance(dataset, Sized):
+    # Without a batch size there is a batch sampler of the user's own, or the dataset gives batches.
+    if not isinstance(dataset, Sized) or loader.batch_size is None:
         return None
     if isinstance(dataset, IterableDataset):
         return len(dataset)
-    if loader.batch_size is None:  # a batch sampler of the user's own
-        return None
     if isinstance(loader.sampler, SubsetRandomSampler):
         return len(loader.sampler)
     return len(dataset) if isinstance(loader.sampler, _WHOLE) else None

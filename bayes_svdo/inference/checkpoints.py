@@ -13,10 +13,15 @@ import math
 import os
 import re
 import tempfile
+from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
+from pyro import poutine
+from pyro.distributions import Normal
+from pyro.poutine.indep_messenger import CondIndepStackFrame
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
@@ -24,7 +29,7 @@ from torch import Tensor, nn
 from bayes_svdo.distributions import EmpiricalBayes, LogUniform
 from bayes_svdo.inference.guide import AdditiveNoiseGuide
 from bayes_svdo.inference.history import History
-from bayes_svdo.inference.posterior import Posterior
+from bayes_svdo.inference.posterior import Posterior, named_apart
 from bayes_svdo.models import BayesianNetwork, Bernoulli, Categorical, Gaussian, Likelihood, build
 
 FORMAT = 1
@@ -39,9 +44,10 @@ class CheckpointError(ValueError):
 def save_posterior(posterior: Posterior, path: str | os.PathLike[str]) -> Path:
     """Write a posterior to the folder ``path``, replacing a posterior that is there.
 
+    Of a Pyro model written by hand, the guide is saved, and the parameters if it is a module.
+
     Raises:
-        TypeError: The model is not a :class:`~bayes_svdo.models.BayesianNetwork`, or its prior or
-            likelihood is of a class of your own.
+        TypeError: The prior or the likelihood of a network is of a class of your own.
         FileExistsError: ``path`` exists and is neither a saved posterior nor an empty folder.
     """
     target = Path(path)
@@ -61,33 +67,74 @@ def save_posterior(posterior: Posterior, path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def load_posterior(path: str | os.PathLike[str], net: nn.Module | None = None) -> Posterior:
+def load_posterior(
+    path: str | os.PathLike[str],
+    net: nn.Module | None = None,
+    model: Callable[..., Any] | None = None,
+) -> Posterior:
     """Read a posterior from the folder ``path``.
 
     Args:
         path: Where :meth:`~bayes_svdo.inference.Posterior.save` wrote it.
         net: The network, as it was given to ``BayesianNetwork``; its weights do not matter. Not
-            needed for networks that :func:`bayes_svdo.models.build` made.
+            needed for networks of :mod:`bayes_svdo.models`.
+        model: The Pyro model, if it was written by hand; one that is a module is copied.
 
     Returns:
         The posterior, on the CPU.
 
     Raises:
-        CheckpointError: Nothing is there, it is damaged, or it does not fit ``net``.
+        CheckpointError: Nothing is there, it is damaged, or it does not fit ``net`` or ``model``.
     """
     folder = Path(path)
     description, tensors = _read(folder)
     try:
         # A network of ours starts at random, and is about to be overwritten.
         with torch.random.fork_rng(devices=[]):
-            return _rebuild(description, tensors, net, folder)
+            return _rebuild(description, tensors, net, model, folder)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / _JSON} is damaged: {error!r}.") from error
 
 
 def _rebuild(
-    description: dict[str, Any], tensors: dict[str, Tensor], net: nn.Module | None, folder: Path
+    description: dict[str, Any],
+    tensors: dict[str, Tensor],
+    net: nn.Module | None,
+    model: Callable[..., Any] | None,
+    folder: Path,
 ) -> Posterior:
+    if "model" in description:
+        if net is not None or not callable(model) or isinstance(model, BayesianNetwork):
+            raise CheckpointError(
+                f"{folder} holds the posterior of {description['model']}, a Pyro model written by "
+                "hand.\n  Try Posterior.load(path, model=...), without a net."
+            )
+        model = deepcopy(model)
+        guide = _restore_guide(description, tensors, model)
+    elif model is not None:
+        raise CheckpointError(
+            f"{folder} holds a network, not a Pyro model written by hand.\n"
+            "  Try Posterior.load(path, net=...), without a model."
+        )
+    else:
+        model = _make_network(description, net, folder)
+        guide = AdditiveNoiseGuide(model, **description["guide"])
+    for prefix, module in (("model.", model), ("guide.", guide)):
+        if isinstance(module, nn.Module):
+            _restore(module, prefix, tensors, folder)
+    named_apart(model, guide)
+    return Posterior(
+        model.eval() if isinstance(model, nn.Module) else model,
+        guide,
+        history=History([_map_numbers(_from_json, row) for row in description["history"]]),
+        threshold=_from_json(description["threshold"]),
+        stopped_because=description["stopped_because"],
+    )
+
+
+def _make_network(
+    description: dict[str, Any], net: nn.Module | None, folder: Path
+) -> BayesianNetwork:
     if net is None:
         if description["network"] is None:
             raise CheckpointError(
@@ -100,34 +147,56 @@ def _rebuild(
         raise CheckpointError(
             f"{folder} has weights that net does not: {', '.join(sorted(missing))}."
         )
-    model = BayesianNetwork(
+    return BayesianNetwork(
         net,
         _make_likelihood(description["likelihood"]),
         description["num_data"],
         _make_prior(description["prior"]),
         where=lambda name, _: name in sites,
     )
+
+
+def _restore_guide(
+    description: dict[str, Any], tensors: dict[str, Tensor], model: Callable[..., Any]
+) -> AdditiveNoiseGuide:
+    """A guide with the sites that were saved: its model is not run, which would take data."""
     guide = AdditiveNoiseGuide(model, **description["guide"])
-    for prefix, module in (("model.", model), ("guide.", guide)):
-        state = {
-            name.removeprefix(prefix): value
-            for name, value in tensors.items()
-            if name.startswith(prefix)
-        }
-        dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
-        if len(dtypes) == 1:  # float64 posteriors come back as such
-            module.to("cpu", dtypes.pop())
-        try:
-            module.load_state_dict(state)
-        except RuntimeError as error:
-            raise CheckpointError(f"{folder} does not fit the network: {error}") from None
-    return Posterior(
-        model.eval(),
-        guide,
-        history=History([_map_numbers(_from_json, row) for row in description["history"]]),
-        threshold=_from_json(description["threshold"]),
-        stopped_because=description["stopped_because"],
-    )
+    trace: Any = poutine.Trace()
+    frames: dict[str, CondIndepStackFrame] = {}
+    for name, site in description["sites"].items():
+        event_dim, shape = site["event_dim"], list(tensors[f"guide.keep.{name}"].shape)
+        stack = tuple(CondIndepStackFrame(**plate, counter=0) for plate in site["plates"])
+        for frame in stack:  # a prototype has seen a part of a plate that is subsampled
+            shape[frame.dim - event_dim] = frame.size
+        frames |= {frame.name: frame for frame in stack}
+        trace.add_node(
+            name,
+            name=name,
+            type="sample",
+            fn=Normal(0.0, 1.0).expand(shape).to_event(event_dim),
+            value=torch.zeros(shape),
+            is_observed=False,
+            cond_indep_stack=stack,
+            infer={},
+        )
+    guide.prototype_trace, guide._prototype_frames = trace, frames
+    guide._setup_parameters()
+    return guide
+
+
+def _restore(module: nn.Module, prefix: str, tensors: dict[str, Tensor], folder: Path) -> None:
+    state = {
+        name.removeprefix(prefix): value
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }
+    dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
+    if len(dtypes) == 1:  # float64 posteriors come back as such
+        module.to("cpu", dtypes.pop())
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder} does not fit the network: {error}") from None
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -169,29 +238,60 @@ def _write(path: Path, content: bytes) -> None:
 
 def _tensors(posterior: Posterior) -> dict[str, Tensor]:
     """State of model and guide, each tensor with memory of its own, as safetensors wants it."""
-    network = posterior._network()
     return {
         prefix + name: value.detach().cpu().clone().contiguous()
-        for prefix, module in (("model.", network), ("guide.", posterior.guide))
+        for prefix, module in (("model.", posterior.model), ("guide.", posterior.guide))
+        if isinstance(module, nn.Module)
         for name, value in module.state_dict().items()
     }
 
 
 def _describe(posterior: Posterior) -> dict[str, Any]:
-    network = posterior._network()
-    return {
-        "network": getattr(network.net, "spec", None),
-        "sites": list(network.sites),
-        "num_data": network.num_data,
-        "prior": _describe_prior(network.prior),
-        "likelihood": _describe_likelihood(network.likelihood),
+    model, guide = posterior.model, posterior.guide
+    if isinstance(model, BayesianNetwork):
+        described: dict[str, Any] = {
+            "network": _spec(model.net),
+            "sites": list(model.sites),
+            "num_data": model.num_data,
+            "prior": _describe_prior(model.prior),
+            "likelihood": _describe_likelihood(model.likelihood),
+        }
+    else:
+        described = {
+            "model": getattr(model, "__name__", type(model).__name__),
+            "sites": {name: _describe_site(guide, name) for name in guide.sites},
+        }
+    return described | {
         "guide": {
-            "init_log_sigma2": posterior.guide.init_log_sigma2,
-            "sigma": posterior.guide.sigma,
+            "init_log_sigma2": guide.init_log_sigma2,
+            "sigma": guide.sigma,
         },
         "threshold": _to_json(posterior.threshold),
         "stopped_because": posterior.stopped_because,
         "history": [_map_numbers(_to_json, row) for row in posterior.history],
+    }
+
+
+def _spec(net: nn.Module) -> dict[str, Any] | None:
+    """What builds the network again; None if it has been changed since it was built."""
+    spec: Any = getattr(net, "spec", None)
+    if not isinstance(spec, dict):
+        return None
+    try:
+        with torch.device("meta"):
+            built = build(**spec)
+    except (TypeError, ValueError):  # an attribute of the user's own
+        return None
+    return spec if repr(built) == repr(net) else None
+
+
+def _describe_site(guide: AdditiveNoiseGuide, name: str) -> dict[str, Any]:
+    frames = guide.prototype_trace.nodes[name]["cond_indep_stack"]
+    return {
+        "event_dim": guide._event_dims[name],
+        "plates": [
+            {"name": f.name, "dim": f.dim, "size": f.size, "full_size": f.full_size} for f in frames
+        ],
     }
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from copy import deepcopy
+from inspect import signature
 from typing import Any
 
 import torch
 from pyro import poutine
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.random import fork_rng
+from torch.utils._pytree import tree_leaves, tree_map
 
 from bayes_svdo.inference.batches import Batches, check_finite
 from bayes_svdo.inference.guide import AdditiveNoiseGuide
@@ -81,6 +87,55 @@ class BatchCheck:
             ) from error
 
 
+def check_model(model: object, batch: tuple[Any, ...]) -> None:
+    """Refuse a model that does not take the elements of a batch, such as a network alone.
+
+    Raises:
+        TypeError: As said.
+    """
+    if not callable(model):
+        raise TypeError(f"model must be callable, but is a {type(model).__name__}.")
+    if isinstance(model, BayesianNetwork):
+        return
+    try:
+        signature(model.forward if isinstance(model, nn.Module) else model).bind(*batch)
+    except TypeError as error:
+        name = getattr(model, "__name__", type(model).__name__)
+        raise TypeError(
+            f"model must take the {len(batch)} elements of a batch, (x, y), but {name} cannot: "
+            f"{error}.{_lift(model)}"
+        ) from None
+    except ValueError:  # has no signature
+        pass
+
+
+def check_last_batch(posterior: Posterior, batches: Batches, first: tuple[Any, ...]) -> None:
+    """Refuse a last batch of one data point where batch normalisation needs more.
+
+    Raises:
+        ValueError: As said.
+    """
+    network = posterior.model
+    if batches.last_size != 1 or not isinstance(network, BayesianNetwork):
+        return
+    if not any(isinstance(module, _BatchNorm) for module in network.net.modules()):
+        return
+    one = tree_map(lambda value: value[:1] if isinstance(value, Tensor) else value, first[0])
+    net = deepcopy(network.net).train()
+    device = posterior.device
+    try:
+        with torch.no_grad(), fork_rng([device] if device.type == "cuda" else []):
+            weights = posterior.means(math.inf)
+            functional_call(net, weights, one if isinstance(one, tuple) else (one,))
+    except ValueError as error:
+        count, size = batches.num_data or 1, len(first[-1])
+        better = next((n for n in range(size + 1, count + 1) if count % n != 1), None)
+        raise ValueError(
+            "the last batch of train holds 1 data point, on which batch normalisation cannot be "
+            f"trained: {error}" + (f"\n  Try batch_size={better}." if better else "")
+        ) from error
+
+
 def check_batch(batch: tuple[Any, ...], name: str, number: int) -> None:
     """Refuse a batch with NaN or inf, the ``number``-th of the epoch.
 
@@ -100,7 +155,7 @@ def check_guide(model: Callable[..., Any], guide: AdditiveNoiseGuide) -> None:
         ValueError: The sites, or their shapes, are not the model's.
     """
     if not guide.sites:
-        raise ValueError("the model has no latent site: there is nothing to fit.")
+        raise ValueError(f"the model has no latent site: there is nothing to fit.{_lift(model)}")
     if not isinstance(model, BayesianNetwork):
         return
     if guide.sites != model.sites:
@@ -131,6 +186,44 @@ def check_parameters(objective: nn.Module, batch: tuple[Any, ...]) -> None:
                 f'the model has a parameter "{name}" of Pyro\'s global store, which fit would not '
                 "train.\n  Try a PyroModule with a PyroParam, or Pyro's own SVI."
             )
+
+
+@torch.no_grad()
+def check_scale(
+    model: Any, guide: AdditiveNoiseGuide, batch: tuple[Any, ...], num_data: int | None
+) -> None:
+    """Refuse a model written by hand that does not know that a batch is a part of the data.
+
+    Its KL would be too strong, by as much as the batch is smaller than the data.
+
+    Raises:
+        ValueError: Names the site.
+    """
+    size = len(batch[-1])
+    if num_data is None or size >= num_data:
+        return
+    with torch.random.fork_rng():
+        trace = poutine.trace(poutine.replay(model, poutine.trace(guide).get_trace(*batch)))
+        nodes: dict[str, Any] = trace.get_trace(*batch).nodes
+    for name, site in nodes.items():
+        observed = site["type"] == "sample" and site["is_observed"]
+        if observed and size in site["fn"].batch_shape and _all_ones(site["scale"]):
+            raise ValueError(
+                f'at site "{name}", a batch of {size} of the {num_data} data points counts as '
+                f"{size} points: the KL would count {num_data / size:.3g} times too much.\n"
+                f'  Try pyro.plate("data", {num_data}, subsample=torch.arange(len(x))) in the '
+                "model, or batch_size=len(x)."
+            )
+
+
+def _all_ones(scale: float | Tensor) -> bool:
+    return bool((torch.as_tensor(scale) == 1).all())
+
+
+def _lift(model: object) -> str:
+    if not isinstance(model, nn.Module):
+        return ""
+    return "\n  Try BayesianNetwork(net, likelihood, num_data), if this is a network."
 
 
 def _hint(x: Tensor, posterior: Posterior) -> str:

@@ -315,7 +315,9 @@ class _Initial:
             raise NotImplementedError(
                 f'at site "{name}", AdditiveNoiseGuide needs a prior with real support, but {fn} '
                 f"has support {fn.support}.\n"
-                "  Try an AutoGuideList that gives this site another guide."
+                "  Try an AutoGuideList over InitMessenger(init_to_value(values=...))(model), with "
+                f'AdditiveNoiseGuide for poutine.block(..., hide=["{name}"]) and another guide for '
+                "this site."
             )
         shape = fn.batch_shape + fn.event_shape
         given = self._given(site)

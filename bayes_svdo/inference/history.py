@@ -13,12 +13,13 @@ Row = dict[str, float]
 class History(Sequence[Row]):
     """Rows of numbers, one per epoch; ``pandas.DataFrame(list(history))`` makes a data frame.
 
-    Columns that :func:`~bayes_svdo.inference.fit` writes:
+    Columns that :func:`~bayes_svdo.inference.fit` writes (``nll``, ``kl`` and ``objective`` are
+    means over the epoch, in which a step counts by its data points):
 
     - ``epoch``, ``step``: counted from 1, at the end of the epoch.
-    - ``nll``: mean negative log likelihood of a training point under the noise, nats.
+    - ``nll``: negative log likelihood of a training point under the noise, nats.
     - ``kl``: KL of all weights, nats, before ``kl_weight``; ``kl/<site>``: of one site.
-    - ``objective``: ``nll + kl_weight * kl / num_data``, mean over the epoch's steps.
+    - ``objective``: ``nll + kl_weight * kl / num_data``.
     - ``kl_weight``, ``lr``: at the last step of the epoch; the former is the product of the
       schedule's and the objective's own.
     - ``accuracy`` or ``rmse``: of the noisy network on the training batches.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -25,9 +27,31 @@ if TYPE_CHECKING:
 
     from bayes_svdo.analysis.sparsity import SparsityTable
 
-__all__ = ["Posterior", "check_threshold", "local_parameters"]
-
 _PREDICTION_BATCH = 1000
+
+
+_numbers = itertools.count(1)
+
+
+def named_apart(*modules: Any) -> None:
+    """Give Pyro modules names of their own.
+
+    Pyro's parameter store goes by names, and writes what it has of a name into every module that
+    comes with it: two posteriors under one name would become one.
+    """
+    number = next(_numbers)
+    for module in modules:
+        if not isinstance(module, PyroModule) or _names_its_sites(module):
+            continue
+        context = type(module._pyro_context)()
+        for path, part in module.named_modules(prefix=f"{type(module).__name__}_{number}"):
+            if isinstance(part, PyroModule):
+                part._pyro_name, part._pyro_context = path, context
+
+
+def _names_its_sites(module: nn.Module) -> bool:
+    """Whether names of sites follow the module's: a ``PyroSample`` is one, and has a guide."""
+    return any(part._pyro_samples for part in module.modules() if isinstance(part, PyroModule))
 
 
 class Posterior:
@@ -56,6 +80,10 @@ class Posterior:
         self.threshold = check_threshold(threshold)
         self.stopped_because = stopped_because
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        named_apart(self.model, self.guide)  # a copy, or one from a pickle
+
     def log_alpha(self) -> dict[str, Tensor]:
         """``log alpha = log sigma² - log loc²`` of every weight, by site; inf where pruned."""
         return self.guide.log_alpha()
@@ -64,11 +92,14 @@ class Posterior:
         """What pruning at ``threshold`` leaves, per layer and in all."""
         from bayes_svdo.analysis.sparsity import sparsity_table
 
-        point_estimates = self.model.net if isinstance(self.model, BayesianNetwork) else self.model
-        num_biases = 0
-        if isinstance(point_estimates, nn.Module):
-            num_biases = sum(p.numel() for p in point_estimates.parameters())
-        return sparsity_table(self.log_alpha(), self._threshold(threshold), num_biases)
+        module = self.model.net if isinstance(self.model, BayesianNetwork) else self.model
+        estimates = list(module.parameters()) if isinstance(module, nn.Module) else []
+        return sparsity_table(
+            self.log_alpha(),
+            self._threshold(threshold),
+            num_biases=sum(p.numel() for p in estimates if p.dim() < 2),
+            num_dense=sum(p.numel() for p in estimates if p.dim() >= 2),
+        )
 
     def means(self, threshold: float | None = None) -> dict[str, Tensor]:
         """Posterior mean of every weight, zero where pruned, by site."""
@@ -88,7 +119,7 @@ class Posterior:
         Raises:
             TypeError: The model is not a :class:`~bayes_svdo.models.BayesianNetwork`.
         """
-        net = deepcopy(self._network().net)
+        net = deepcopy(self._network("prune").net)
         for name, mean in self.means(threshold).items():
             buffer = net.get_buffer(name)
             parameter = nn.Parameter(mean)
@@ -104,8 +135,15 @@ class Posterior:
         self, x: Any, threshold: float | None = None, batch_size: int = _PREDICTION_BATCH
     ) -> Tensor:
         """Output (logits, means) of the pruned mean network, shape ``(N, ...)``."""
-        network = self._network()
-        weights = self.means(threshold)
+        self._network("output")
+        return self._output(self.means(threshold), x, batch_size)
+
+    @torch.no_grad()
+    def _output(
+        self, weights: dict[str, Tensor], x: Any, batch_size: int = _PREDICTION_BATCH
+    ) -> Tensor:
+        """The network's output for given weights, in evaluation mode."""
+        network = self._network("output")
         with _evaluating(network), _explained(x):
             return torch.cat(
                 [
@@ -139,7 +177,7 @@ class Posterior:
         Raises:
             ValueError: ``num_samples`` or ``batch_size`` is below 1.
         """
-        network = self._network()
+        network = self._network("predict")
         if num_samples is None:
             return network.likelihood.mean(self.output(x, threshold, batch_size))
         num_samples = check_count("num_samples", num_samples)
@@ -200,22 +238,31 @@ class Posterior:
         return save_posterior(self, path)
 
     @staticmethod
-    def load(path: str | os.PathLike[str], net: nn.Module | None = None) -> Posterior:
+    def load(
+        path: str | os.PathLike[str],
+        net: nn.Module | None = None,
+        model: Callable[..., Any] | None = None,
+    ) -> Posterior:
         """Read a folder that :meth:`save` wrote.
 
         See :func:`bayes_svdo.inference.checkpoints.load_posterior`.
         """
         from bayes_svdo.inference.checkpoints import load_posterior
 
-        return load_posterior(path, net)
+        return load_posterior(path, net, model)
 
-    def _network(self) -> BayesianNetwork:
+    def _network(self, purpose: str) -> BayesianNetwork:
         if not isinstance(self.model, BayesianNetwork):
+            remedy = (
+                "posterior.means(), which are zero where pruned"
+                if purpose == "prune"
+                else "pyro.infer.Predictive(posterior.guide.model, guide=posterior.guide, "
+                "num_samples=...)"
+            )
             raise TypeError(
-                "this needs a BayesianNetwork, but the model is "
+                f"{purpose} needs a BayesianNetwork, but the model is "
                 f"{getattr(self.model, '__name__', type(self.model).__name__)}, a hand-written "
-                "Pyro model.\n  Try pyro.infer.Predictive(posterior.guide.model, "
-                "guide=posterior.guide, num_samples=...)."
+                f"Pyro model.\n  Try {remedy}."
             )
         return self.model
 

@@ -9,22 +9,32 @@ from typing import Any, Literal
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision
 from torch import nn
 
 from bayes_svdo.inference.arguments import (
     check_count,
+    check_functions,
     check_precision,
     check_rate,
     check_seed,
     choose_device,
 )
 from bayes_svdo.inference.batches import Batches, Data, LoaderBatches, TensorBatches, make_batches
-from bayes_svdo.inference.checks import BatchCheck, check_batch, check_guide, check_parameters
+from bayes_svdo.inference.checks import (
+    BatchCheck,
+    check_batch,
+    check_guide,
+    check_last_batch,
+    check_model,
+    check_parameters,
+    check_scale,
+)
 from bayes_svdo.inference.compiled import CompiledObjective, wants_compilation
 from bayes_svdo.inference.elbo import TraceAnalyticKL_ELBO
 from bayes_svdo.inference.guide import AdditiveNoiseGuide
 from bayes_svdo.inference.objective import Objective
-from bayes_svdo.inference.posterior import Posterior, local_parameters
+from bayes_svdo.inference.posterior import Posterior, local_parameters, named_apart
 from bayes_svdo.inference.schedules import ConstantThenLinear, Schedule, as_warmup
 from bayes_svdo.inference.surroundings import denormals_flushed, new_tensors, random_state
 from bayes_svdo.inference.training import (
@@ -91,7 +101,8 @@ def fit(
         precision: ``"32-true"``, ``"64-true"``, ``"bf16-mixed"`` or, on CUDA, ``"16-mixed"``.
         threshold: A weight counts as pruned where ``log alpha >= threshold``.
         prune_while_training: Zero such weights for good, at the end of every epoch from the one in
-            which the KL first has full weight: the ``train_clip`` of the paper's code.
+            which the KL first has full weight: the ``train_clip`` of the paper's code. If the
+            warm-up ends with training, that is the last.
         compile: Trace and compile the objective, which takes a minute and then a step half its
             time; it draws other random numbers from the same seed. ``"auto"``: where there is a
             compiler, for runs of 10,000 steps or more whose weights are not zeroed meanwhile.
@@ -107,23 +118,37 @@ def fit(
 
     Raises:
         TypeError, ValueError: An argument, or the data, cannot be used; named before any training.
+            What a DataLoader does not tell is compared with ``num_data`` after the first epoch.
         NonFiniteObjectiveError: The objective, or a parameter, became NaN or infinite.
         UntraceableError: The objective cannot be compiled.
     """
     epochs, seed = check_count("epochs", epochs, least=0), check_seed(seed)
     rates = check_rate("lr", lr), check_rate("sigma_lr", lr if sigma_lr is None else sigma_lr)
-    warmup = as_warmup(kl_warmup)
+    warmup, callbacks = as_warmup(kl_warmup), check_functions("callbacks", callbacks)
+    if lr_schedule is not None and not callable(lr_schedule):
+        raise TypeError(
+            "lr_schedule must be a function of the fraction of training done, but is "
+            f"{lr_schedule!r}."
+        )
+    if elbo is not None and not isinstance(elbo, TraceAnalyticKL_ELBO):
+        raise TypeError(
+            f"elbo must be a TraceAnalyticKL_ELBO, but is {elbo!r}.\n"
+            "  Try pyro.infer.SVI, which takes any ELBO."
+        )
     where = choose_device(device)
     check_precision(precision, where)
     dtype = torch.float64 if precision == "64-true" else None
     known = model.num_data if isinstance(model, BayesianNetwork) else None
     with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
         stack.enter_context(random_state(seed, where))
         stack.enter_context(local_parameters())
         stack.enter_context(denormals_flushed(where))
         batches = make_batches(train, batch_size, where, "train", dtype=dtype, num_data=known)
         first = batches.first()
         check_batch(first, "train", 1)
+        check_model(model, first)
         model, guide = _own_copies(model, guide, first, where, dtype)
         posterior = Posterior(model, guide, threshold=threshold)
         objective = Objective(model, guide, elbo or TraceAnalyticKL_ELBO())
@@ -135,14 +160,16 @@ def fit(
             pruning=prune_while_training,
         )
         check = BatchCheck(posterior, batches, first, "train")
+        check_last_batch(posterior, batches, first)
         held_out = _held_out(validation, posterior, where, dtype)
         if not isinstance(model, BayesianNetwork):
             check_parameters(objective, first)
+            check_scale(model, guide, first, batches.num_data)
         run = TrainingRun(
             fabric=Fabric(
                 accelerator=where.type,
                 devices=1 if where.index is None else [where.index],
-                precision=precision,  # type: ignore[arg-type]
+                **_precision(precision, where),
             ),
             posterior=posterior,
             objective=CompiledObjective(objective) if compiled else objective,
@@ -160,6 +187,13 @@ def fit(
     return posterior
 
 
+def _precision(precision: str, device: torch.device) -> dict[str, Any]:
+    """Fabric's arguments: an object for mixed precision, which Fabric else announces."""
+    if precision in ("bf16-mixed", "16-mixed"):
+        return {"plugins": MixedPrecision(precision, device.type)}  # type: ignore[arg-type]
+    return {"precision": precision}
+
+
 def _own_copies(
     model: Callable[..., Any],
     guide: AdditiveNoiseGuide | None,
@@ -168,8 +202,6 @@ def _own_copies(
     dtype: torch.dtype | None,
 ) -> tuple[Callable[..., Any], AdditiveNoiseGuide]:
     """Model and guide as copies of the run's own, on its device, the guide set up."""
-    if not callable(model):
-        raise TypeError(f"model must be callable, but is a {type(model).__name__}.")
     if guide is not None and not isinstance(guide, AdditiveNoiseGuide):
         raise TypeError(
             f"guide must be an AdditiveNoiseGuide, but is a {type(guide).__name__}.\n"
@@ -182,6 +214,7 @@ def _own_copies(
         with new_tensors(device, dtype):
             guide(*batch)
     check_guide(model, guide)
+    named_apart(model, guide)
     return model, guide.to(device, dtype)
 
 

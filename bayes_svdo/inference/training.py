@@ -6,6 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -95,6 +96,8 @@ class TrainingRun:
         model = posterior.model
         self.num_data = model.num_data if isinstance(model, BayesianNetwork) else batches.num_data
         self.objective, self.optimizer = fabric.setup(objective, self._optimizer(objective))
+        self.steps = len(batches)  # of an epoch, as far as is known
+        self.steps_done = 0
         self.kl_weight = 0.0
         # A graph takes a tensor; this one yields to the dtype of what it multiplies.
         self._kl_weight = torch.zeros((), dtype=torch.float64, device=fabric.device)
@@ -131,10 +134,11 @@ class TrainingRun:
             except KeyboardInterrupt:
                 done = len(posterior.history)
                 posterior.stopped_because = f"interrupted after epoch {done} of {self.epochs}"
-                warnings.warn(
-                    f"training was {posterior.stopped_because}; this is the posterior so far.",
-                    stacklevel=3,
-                )
+                with suppress(UserWarning):  # where warnings are errors, the posterior comes first
+                    warnings.warn(
+                        f"training was {posterior.stopped_because}; this is the posterior so far.",
+                        stacklevel=3,
+                    )
         if isinstance(posterior.model, nn.Module):
             posterior.model.eval()
 
@@ -142,17 +146,19 @@ class TrainingRun:
         started = time.perf_counter()
         if isinstance(self.posterior.model, nn.Module):
             self.posterior.model.train()
-        steps = len(self.batches)
+        steps = self.steps
         record: list[Tensor] = []
         score: Any = 0.0
-        seen = 0
+        sizes: list[int] = []
         for step, batch in enumerate(self.batches):
             if self.check is not None and epoch == 1:
                 self.check(batch, step + 1)
-            done = (epoch - 1) * steps + step
+            # A loader may give more batches than it said.
+            done = (epoch - 1) * steps + min(step, steps)
             terms, batch_score = self._forward(batch, done / (self.epochs * steps), done == 0)
             record.append(terms.detach())
-            score, seen = score + batch_score, seen + len(batch[-1])
+            score = score + batch_score
+            sizes.append(len(batch[-1]))
             if not self.delayed:
                 self._check_finite(record[-1:], epoch, step)
             elif len(record) % _STEPS_BETWEEN_READS == 0:
@@ -163,13 +169,27 @@ class TrainingRun:
             raise ValueError(f"train gives no batches in epoch {epoch}.")
         self._check_finite(record[-_STEPS_BETWEEN_READS:], epoch, len(record) - 1)
         self._check_parameters_finite(epoch, len(record))
-        return self._row(epoch, torch.stack(record), score, seen, started)
+        if epoch == 1:
+            self._check_num_data(sum(sizes))
+        self.steps = len(record)
+        self.steps_done += len(record)
+        return self._row(epoch, torch.stack(record), score, sizes, started)
+
+    def _check_num_data(self, seen: int) -> None:
+        """Refuse the number of data points that a first epoch has disproved."""
+        model = self.posterior.model
+        if not isinstance(model, BayesianNetwork):
+            return
+        if not self.batches.can_be_all_of(model.num_data, seen):
+            raise ValueError(
+                f"the model was made with num_data={model.num_data}, but train gave {seen} data "
+                f"points in the first epoch.\n  Try BayesianNetwork(..., num_data={seen})."
+            )
 
     def _forward(
         self, batch: tuple[Any, ...], progress: float, first: bool
     ) -> tuple[Tensor, Tensor]:
         """Loss, negative log likelihoods and KLs, in this order; and the summed metric."""
-        progress = min(progress, 1.0)  # a loader may give more batches than it said
         factor = value_at(self.lr_schedule, progress, "lr_schedule")
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
@@ -227,17 +247,31 @@ class TrainingRun:
             return "Its KL is not finite, though all parameters are."
         return "It overflows, though none of its terms does."
 
+    def _has_full_weight(self, epoch: int) -> bool:
+        """Whether the KL counts in full at the end of an epoch.
+
+        A warm-up that ends with training reaches 1 when the last step is done.
+        """
+        if epoch == self.epochs and self.kl_weight < 1.0:
+            return value_at(self.kl_warmup, 1.0, "kl_warmup") >= 1.0
+        return self.kl_weight >= 1.0
+
     @torch.no_grad()
-    def _row(self, epoch: int, record: Tensor, score: Any, seen: int, started: float) -> Row:
+    def _row(
+        self, epoch: int, record: Tensor, score: Any, sizes: Sequence[int], started: float
+    ) -> Row:
         posterior, num_data = self.posterior, self.num_data or 1
-        if self.prune_while_training and self.kl_weight >= 1.0:
+        if self.prune_while_training and self._has_full_weight(epoch):
             posterior.guide.prune_(posterior.threshold)
+        # Each step's terms stand for all data: a smaller batch says less of them.
+        weights = torch.tensor(sizes, dtype=torch.float64, device=record.device)
+        average = (weights[:, None] * record).sum(0) / weights.sum()
         means = dict(
-            zip(("", *self.core.observed, *self.core.latent), record.mean(0).tolist(), strict=True)
+            zip(("", *self.core.observed, *self.core.latent), average.tolist(), strict=True)
         )
         row: Row = {
             "epoch": epoch,
-            "step": epoch * len(self.batches),
+            "step": self.steps_done,
             "nll": sum(means[name] for name in self.core.observed) / num_data,
             "kl": sum(means[name] for name in self.core.latent),
             "objective": means[""] / num_data,
@@ -246,7 +280,7 @@ class TrainingRun:
         }
         model = posterior.model
         if isinstance(model, BayesianNetwork):
-            row[model.likelihood.metric.lower()] = model.likelihood.reduce(score[None] / seen)
+            row[model.likelihood.metric.lower()] = model.likelihood.reduce(score[None] / sum(sizes))
         row |= {f"kl/{name}": means[name] for name in self.core.latent}
         total, nonzero = 0, 0
         for name, log_alpha in posterior.log_alpha().items():
@@ -269,13 +303,19 @@ def evaluate(
 
     Returns:
         ``<prefix>_<metric>`` (accuracy, rmse) and ``<prefix>_nll`` (nats per data point).
+
+    Raises:
+        ValueError: There are no data.
     """
-    model = posterior._network()
+    model = posterior._network("evaluate")
+    weights = posterior.means(threshold)
     scores, nll = [], 0.0
     for x, y in data:
-        output = posterior.output(x, threshold)
+        output = posterior._output(weights, x)
         scores.append(model.likelihood.score(output, y))
         nll -= float(model.likelihood.distribution(output).log_prob(y).sum())
+    if not scores:
+        raise ValueError(f"{prefix} gives no batches when it is read again.")
     joined = torch.cat(scores)
     return {
         f"{prefix}_{model.likelihood.metric.lower()}": model.likelihood.reduce(joined),

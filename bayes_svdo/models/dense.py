@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
+from numbers import Integral
 
 from torch import nn
 
@@ -20,15 +21,17 @@ def dense(sizes: Sequence[int]) -> nn.Sequential:
 
     Returns:
         A module from inputs of shape ``(M, ...)`` that flatten to ``sizes[0]`` numbers, to
-        ``(M, sizes[-1])``.
+        ``(M, sizes[-1])``. Its attribute ``spec`` holds the arguments of
+        :func:`~bayes_svdo.models.build` that build it again.
 
     Raises:
         ValueError: Fewer than two sizes, or one that is not a positive integer.
     """
-    if len(sizes) < 2 or any(not isinstance(size, int) or size < 1 for size in sizes):
+    if len(sizes) < 2 or not all(map(_is_size, sizes)):
         raise ValueError(
             f"sizes must be two or more positive integers, input first, but is {tuple(sizes)}."
         )
+    sizes = [int(size) for size in sizes]
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
     for index, (fan_in, fan_out) in enumerate(pairwise(sizes), start=1):
         layer = nn.Linear(fan_in, fan_out)
@@ -37,7 +40,14 @@ def dense(sizes: Sequence[int]) -> nn.Sequential:
         layers[f"fc{index}"] = layer
         if index < len(sizes) - 1:
             layers[f"relu{index}"] = nn.ReLU()
-    return nn.Sequential(layers)
+    net = nn.Sequential(layers)
+    name = "-".join(map(str, sizes))
+    net.spec = {"name": name, "in_features": sizes[0], "out_features": sizes[-1]}  # type: ignore[assignment]
+    return net
+
+
+def _is_size(size: object) -> bool:
+    return not isinstance(size, bool) and isinstance(size, Integral) and int(size) >= 1
 
 
 def lenet_300_100(in_features: int = 784, num_classes: int = 10) -> nn.Sequential:

@@ -13,10 +13,7 @@ from torch import nn
 
 def linear_regression(in_features: int, out_features: int = 1) -> nn.Sequential:
     """A linear map, shape ``(M, ...)`` to ``(M, out_features)``; goes with ``Gaussian``."""
-    layer = nn.Linear(in_features, out_features)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return nn.Sequential(OrderedDict(flatten=nn.Flatten(), linear=layer))
+    return _linear("linear-regression", in_features, out_features)
 
 
 def logistic_regression(in_features: int, num_classes: int = 10) -> nn.Sequential:
@@ -24,4 +21,13 @@ def logistic_regression(in_features: int, num_classes: int = 10) -> nn.Sequentia
 
     One output goes with ``Bernoulli``, several with ``Categorical``.
     """
-    return linear_regression(in_features, num_classes)
+    return _linear("logistic-regression", in_features, num_classes)
+
+
+def _linear(name: str, in_features: int, out_features: int) -> nn.Sequential:
+    layer = nn.Linear(in_features, out_features)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    net = nn.Sequential(OrderedDict(flatten=nn.Flatten(), linear=layer))
+    net.spec = {"name": name, "in_features": in_features, "out_features": out_features}  # type: ignore[assignment]
+    return net

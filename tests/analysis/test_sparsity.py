@@ -42,7 +42,19 @@ def test_nothing_left_is_an_infinite_compression() -> None:
     assert table.compression_with_biases == INF
     assert table.percent == 100.0
     assert sparsity_table(LOG_ALPHA, -INF, num_biases=2).compression_with_biases == 12 / 2
-    assert "inf" in str(table)
+    assert "no weight is left" in str(table)
+    assert "infx" not in str(table)
+    assert "6.0x counting 2 biases" in str(sparsity_table(LOG_ALPHA, -INF, num_biases=2))
+
+
+def test_weights_without_a_prior_are_no_biases() -> None:
+    table = sparsity_table(LOG_ALPHA, 3.0, num_biases=4, num_dense=6)
+    assert table.compression == 10 / 4
+    assert table.compression_with_biases == 20 / 14
+    words = " ".join(str(table).split())
+    assert "(1.4x counting 4 biases and 6 weights without a prior)" in words
+    words = " ".join(str(sparsity_table(LOG_ALPHA, 3.0, num_dense=6)).split())
+    assert "(1.6x counting 6 weights without a prior)" in words
 
 
 def test_layers_are_found_by_number_and_by_name() -> None:

@@ -115,6 +115,13 @@ def test_error_names_the_files_that_a_folder_lacks(tiny, publish, cache, lay_out
         obtain(publish(tiny))
 
 
+def test_failed_download_leaves_no_empty_folder(tiny, publish, tmp_path, dead_mirror):
+    (tmp_path / "root").mkdir()
+    with pytest.raises(DataNotFoundError, match="Tried to download"):
+        obtain(publish(tiny, dead_mirror), tmp_path / "root")
+    assert list((tmp_path / "root").iterdir()) == []
+
+
 def test_folder_that_cannot_be_written_is_named(tiny, publish, serve, cache):
     cache.write_text("a file where the folder should be")
     with pytest.raises(DataNotFoundError, match=r"could not be downloaded[\s\S]*cache"):

@@ -58,12 +58,12 @@ def test_missing_root_is_an_error_for_every_set(name, tmp_path):
     ("wrong", "close"), [("mnsit", "mnist"), ("MNIST", "mnist"), ("fashion", "fashion-mnist")]
 )
 def test_unknown_name_is_answered_with_the_closest(wrong, close):
-    with pytest.raises(ValueError, match=rf"'{wrong}'\. Did you mean '{close}'\? Available: dig"):
+    with pytest.raises(ValueError, match=rf'"{wrong}"\. Did you mean "{close}"\? Known: dig'):
         load(wrong)
 
 
 def test_name_like_no_other_is_answered_with_the_list():
-    with pytest.raises(ValueError, match=r"'zzz'\. Available: digits, diabetes, mnist"):
+    with pytest.raises(ValueError, match=r'"zzz"\. Known: digits, diabetes, mnist'):
         load("zzz")
 
 

@@ -91,6 +91,16 @@ def test_an_unknown_kl_gives_the_closest_match(digits):
         train(with_(kl="exakt"), digits)
 
 
+def test_the_kl_that_cannot_prune_is_refused(digits):
+    with pytest.raises(ValueError, match=r"(?s)holds for alpha <= 1 only.*extrapolate=True"):
+        train(with_(kl="kingma2015"), digits)
+
+
+def test_a_seed_of_more_than_64_bits_is_refused(digits):
+    with pytest.raises(ValueError, match="seed must be an integer of 64 bits"):
+        train(with_(seed=10**20), digits)
+
+
 def test_the_test_set_is_not_looked_at_while_training(digits):
     history = train(TINY, digits).history
     assert not [name for name in history.columns if "val" in name or "test" in name]

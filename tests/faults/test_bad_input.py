@@ -11,7 +11,7 @@ import pytest
 import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, TensorDataset
 
 from bayes_svdo.distributions import LogUniform
 from bayes_svdo.inference import AdditiveNoiseGuide, fit
@@ -297,6 +297,57 @@ def test_seed_that_is_none(seed: Any) -> None:
     refused(ValueError, "seed must be an integer or None", seed=seed)
 
 
+def test_seed_of_more_than_64_bits() -> None:
+    refused(ValueError, "seed must be an integer of 64 bits, but is 100000", seed=10**20)
+
+
+@pytest.mark.parametrize("callbacks", [print, [None], None, 3, ["print"]])
+def test_callbacks_that_are_none(callbacks: Any) -> None:
+    message = "callbacks must be a list of functions, but (is|holds)"
+    refused(TypeError, message, callbacks=callbacks)
+
+
+@pytest.mark.parametrize("lr_schedule", [0.5, "linear", (0.0, 1.0)])
+def test_learning_rate_schedule_that_is_none(lr_schedule: Any) -> None:
+    message = "lr_schedule must be a function of the fraction of training done, but is"
+    refused(TypeError, message, lr_schedule=lr_schedule)
+
+
+# --- batch normalisation ------------------------------------------------------------------------
+
+
+def normalised(**kwargs: Any) -> Any:
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5, **kwargs), nn.Linear(5, 3))
+    return BayesianNetwork(net, Categorical(), N)
+
+
+@pytest.mark.parametrize("form", ["tensors", "Dataset"])
+def test_last_batch_of_one_with_batch_normalisation(form: str) -> None:
+    message = r"(?s)last batch of train holds 1 data point.*batch normalisation.*batch_size=30"
+    refused(ValueError, message, normalised(), SOURCES[form](X, Y), batch_size=29)
+    with pytest.raises(ValueError, match="batch_size=2"):
+        attempt(normalised(), SOURCES[form](X, Y), batch_size=1)
+
+
+def test_last_batch_of_one_of_a_loader_with_batch_normalisation() -> None:
+    train = DataLoader(Records(X, Y), batch_size=29, shuffle=True)
+    refused(ValueError, "last batch of train holds 1 data point", normalised(), train)
+    dropped = DataLoader(Records(X, Y), batch_size=29, drop_last=True)
+    refused(AssertionError, "training began", normalised(), dropped)
+
+
+def test_last_batch_of_one_that_is_no_trouble() -> None:
+    """No batch normalisation; or one over the pixels of an image."""
+    torch.manual_seed(1)
+    images = X.reshape(N, 1, 2, 2)
+    net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3))
+    refused(AssertionError, "training began", batch_size=29)
+    model = BayesianNetwork(net, Categorical(), N)
+    refused(AssertionError, "training began", model, (images, Y), batch_size=29)
+    assert int(model.net[1].num_batches_tracked) == 0
+
+
 # --- names --------------------------------------------------------------------------------------
 
 
@@ -333,6 +384,24 @@ def test_where_that_nearly_selects_something() -> None:
 
 def test_model_that_is_none() -> None:
     refused(TypeError, "model must be callable, but is a int", 3)
+
+
+@pytest.mark.parametrize("net", [nn.Sequential(nn.Linear(4, 3)), nn.Bilinear(4, 1, 3)])
+def test_network_that_is_no_model(net: nn.Module) -> None:
+    train = (X, Y[:, None].float())
+    message = r"(?s)(Sequential cannot|no latent site).*BayesianNetwork\(net, likelihood, num_data"
+    with pytest.raises((TypeError, ValueError), match=message):
+        attempt(net, train)
+
+
+def test_function_that_does_not_take_a_batch() -> None:
+    message = r"model must take the 2 elements of a batch, \(x, y\), but <lambda> cannot"
+    refused(TypeError, message, lambda x: None)
+
+
+def test_objective_that_is_not_ours() -> None:
+    message = "(?s)elbo must be a TraceAnalyticKL_ELBO, but is <pyro.*pyro.infer.SVI"
+    refused(TypeError, message, elbo=pyro.infer.Trace_ELBO())
 
 
 def test_guide_that_is_not_ours() -> None:
@@ -429,6 +498,44 @@ def test_what_a_loader_gives_is_checked_as_it_comes(training: None, shuffle: boo
     refused(ValueError, r"train x, batch \d, holds NaN or inf, in 1 of 5", train=nan, **kwargs)
     labels = DataLoader(Records(X, with_value(Y, 25, 9)), batch_size=5, shuffle=shuffle)
     refused(ValueError, r"train y holds labels outside 0\.\.2.*: 9\.", train=labels, **kwargs)
+
+
+class Stream(IterableDataset[Any]):
+    """Pairs, one after the other; nobody knows how many."""
+
+    def __iter__(self) -> Any:
+        return zip(X, Y, strict=True)
+
+
+UNTOLD = {
+    "stream": lambda: DataLoader(Stream(), batch_size=7),
+    "stream that drops": lambda: DataLoader(Stream(), batch_size=7, drop_last=True),
+    "batch sampler": lambda: DataLoader(
+        Records(X, Y), batch_sampler=BatchSampler(range(N), 7, False)
+    ),
+}
+
+
+@pytest.mark.parametrize("loader", UNTOLD.values(), ids=UNTOLD.keys())
+@pytest.mark.parametrize("num_data", [15, 300])
+def test_num_data_that_an_epoch_disproves(training: None, loader: Any, num_data: int) -> None:
+    message = (
+        rf"(?s)num_data={num_data}, but train gave (30|28) data points in the first epoch.*"
+        r"num_data=(30|28)\)"
+    )
+    refused(ValueError, message, network(num_data=num_data), loader(), epochs=3)
+
+
+@pytest.mark.parametrize("loader", UNTOLD.values(), ids=UNTOLD.keys())
+def test_num_data_that_an_epoch_confirms(training: None, loader: Any) -> None:
+    attempt(train=loader(), epochs=1)
+
+
+def test_stream_without_a_length_serves_for_validation() -> None:
+    stream = DataLoader(Stream(), batch_size=7)
+    refused(AssertionError, "training began", validation=stream)
+    hand_written = (regression, stream)
+    refused(TypeError, "train is a DataLoader without a length", *hand_written)
 
 
 def test_arrays_that_are_of_numpys_own_default_dtype() -> None:

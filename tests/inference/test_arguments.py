@@ -12,6 +12,7 @@ import torch
 
 from bayes_svdo.inference.arguments import (
     check_count,
+    check_functions,
     check_precision,
     check_rate,
     check_seed,
@@ -67,6 +68,25 @@ def test_a_seed_is_an_integer_or_none() -> None:
     for seed in (1.5, "1", True):
         with pytest.raises(ValueError, match="seed must be an integer or None"):
             check_seed(seed)
+
+
+def test_a_seed_is_one_that_torch_takes() -> None:
+    for seed in (2**64 - 1, -(2**63)):
+        torch.Generator().manual_seed(check_seed(seed))
+    for seed in (2**64, -(2**63) - 1, 10**20):
+        with pytest.raises(ValueError, match=f"seed must be an integer of 64 bits, but is {seed}"):
+            check_seed(seed)
+
+
+def test_functions_come_in_a_list() -> None:
+    assert check_functions("callbacks", [print]) == (print,)
+    assert check_functions("callbacks", iter([])) == ()
+    with pytest.raises(TypeError, match=r"(?s)callbacks must be a list of functions, but is <bui"):
+        check_functions("callbacks", print)
+    with pytest.raises(TypeError, match="callbacks must be a list of functions, but is None"):
+        check_functions("callbacks", None)
+    with pytest.raises(TypeError, match="callbacks must be a list of functions, but holds None"):
+        check_functions("callbacks", [print, None])
 
 
 def test_unknown_precision_names_the_closest() -> None:

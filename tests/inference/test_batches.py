@@ -183,7 +183,60 @@ def test_stream_needs_to_be_told_its_length() -> None:
     assert make(stream, num_data=10).num_data is None
     assert len(make(stream, num_data=10)) == 3
     with pytest.raises(TypeError, match=r"(?s)train is a DataLoader without a length.*__len__"):
-        make(stream)
+        len(make(stream))
+
+
+def test_the_length_of_a_dataset_of_batches_is_no_number_of_data_points() -> None:
+    class Batches(Stream):
+        def __len__(self) -> int:
+            return 3
+
+    assert make(DataLoader(Batches(), batch_size=None)).num_data is None
+
+
+def test_a_stream_of_nothing_is_refused() -> None:
+    class Nothing(Stream):
+        def __iter__(self) -> Any:
+            return iter([])
+
+    with pytest.raises(ValueError, match="train gives no batches"):
+        make(DataLoader(Nothing()), num_data=10).first()
+
+
+@pytest.mark.parametrize(
+    ("data", "batch_size", "size"),
+    [
+        ((X, Y), 4, 2),
+        ((X, Y), 5, 5),
+        (Pairs(), 3, 1),
+        (loader(batch_size=3), None, 1),
+        (loader(batch_size=3, drop_last=True), None, 3),
+        (loader(batch_size=4, sampler=WeightedRandomSampler([1.0] * 10, 31)), None, 3),
+        (loader(batch_size=None), None, None),
+        (DataLoader(Stream(), batch_size=3), None, None),
+    ],
+)
+def test_size_of_the_last_batch(data: Any, batch_size: Any, size: Any) -> None:
+    assert make(data, batch_size).last_size == size
+
+
+def test_epochs_over_all_data_points() -> None:
+    """Which numbers of data points go with what an epoch of 8 gives."""
+
+    def fits(data: Any, seen: int = 8) -> list[int]:
+        batches = make(data, num_data=10)
+        return [n for n in range(1, 30) if batches.can_be_all_of(n, seen)]
+
+    assert fits((X, Y), 10) == [10]
+    assert fits(DataLoader(Stream(), batch_size=4)) == [8]
+    assert fits(DataLoader(Stream(), batch_size=4, drop_last=True)) == [8, 9, 10, 11]
+    own = BatchSampler(RandomSampler(Pairs()), 4, False)
+    assert fits(loader(batch_sampler=own)) == [8, 10]
+    own = BatchSampler(range(9), 4, True)
+    assert fits(loader(batch_sampler=own)) == [8, 9, 10, 11]
+    own = BatchSampler(RandomSampler(range(7), replacement=True, num_samples=8), 4, False)
+    assert fits(loader(batch_sampler=own)) == list(range(1, 11))
+    assert fits(loader(batch_size=4, sampler=range(8))) == [8, 10]
 
 
 def test_all_targets_are_at_hand_where_they_are_tensors() -> None:

@@ -10,15 +10,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import Predictive
+from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from bayes_svdo.distributions import EmpiricalBayes, LogUniform
-from bayes_svdo.inference import AdditiveNoiseGuide, History, Posterior
+from bayes_svdo.inference import AdditiveNoiseGuide, History, Posterior, fit
 from bayes_svdo.inference.checkpoints import CheckpointError
-from bayes_svdo.models import BayesianNetwork, Bernoulli, Categorical, Gaussian, build
+from bayes_svdo.models import (
+    BayesianNetwork,
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    build,
+    dense,
+    lenet_300_100,
+    linear_regression,
+)
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
 
@@ -80,6 +92,85 @@ def files(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
+# --- models written by hand ---------------------------------------------------------------------
+
+
+class Regression(PyroModule):
+    """With a point estimate, an offset for each of 5 data points, and 2 of them in a batch."""
+
+    def __init__(self) -> None:
+        super().__init__("regression")
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> None:
+        w = pyro.sample("w.slope", LogUniform().expand([4]).to_event(1))
+        with pyro.plate("data", 5, subsample=torch.arange(len(x))):
+            offset = pyro.sample("offset", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal((x * w).sum(-1) + offset, self.scale.abs()), obs=y)
+
+
+def by_hand(model: Any, **kwargs: Any) -> Posterior:
+    torch.manual_seed(3)
+    guide = AdditiveNoiseGuide(model, init_log_sigma2=-1.0, **kwargs)
+    guide(X[:2], torch.zeros(2))
+    guide.prune_(6.0)
+    return Posterior(model, guide, history=History([{"epoch": 1, "nll": 0.5}]), threshold=2.5)
+
+
+@pytest.mark.parametrize("sigma", ["weight", "layer"])
+def test_the_posterior_of_a_model_written_by_hand_comes_back(tmp_path: Path, sigma: Any) -> None:
+    posterior = by_hand(Regression(), sigma=sigma)
+    with torch.no_grad():
+        posterior.model.scale.fill_(0.3)  # type: ignore[attr-defined]
+    posterior.save(tmp_path / "run")
+    model = Regression()
+    loaded = Posterior.load(tmp_path / "run", model=model)
+    assert loaded.guide.sites == posterior.guide.sites == ("w.slope", "offset")
+    for name, value in posterior.guide.state_dict().items():
+        assert torch.equal(loaded.guide.state_dict()[name], value), name
+    assert loaded.guide.median()["offset"].shape == (5,)
+    assert float(loaded.model.scale.detach()) == pytest.approx(0.3)  # type: ignore[attr-defined]
+    assert float(model.scale.detach()) == 1.0
+    assert list(loaded.history) == list(posterior.history)
+    assert (loaded.threshold, loaded.guide.sigma) == (2.5, sigma)
+    assert str(loaded.sparsity()) == str(posterior.sparsity())
+    draws = []
+    for each in (posterior, loaded):
+        torch.manual_seed(4)
+        predictive = Predictive(each.guide.model, guide=each.guide, num_samples=3)
+        draws.append(predictive(X[:2])["y"])
+    assert torch.equal(*draws)
+
+
+def test_a_posterior_that_came_back_can_be_trained_on(tmp_path: Path) -> None:
+    def model(x: Tensor, y: Tensor) -> None:
+        w = pyro.sample("w", LogUniform().expand([4]).to_event(1))
+        with pyro.plate("data", 5, subsample=torch.arange(len(x))):
+            pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+    data = X.double(), X[:, 0].double()
+    settings: dict[str, Any] = {"precision": "64-true", "device": "cpu", "progress": False}
+    posterior = fit(model, data, epochs=1, **settings)
+    posterior.save(tmp_path / "run")
+    loaded = Posterior.load(tmp_path / "run", model=model)
+    assert loaded.means()["w"].dtype == torch.float64
+    on = fit(loaded.model, data, guide=loaded.guide, epochs=1, **settings)
+    assert not torch.equal(on.means()["w"], posterior.means()["w"])
+
+
+def test_a_model_written_by_hand_must_be_given(tmp_path: Path) -> None:
+    by_hand(Regression()).save(tmp_path / "hand")
+    make().save(tmp_path / "network")
+    message = r"(?s)posterior of Regression, a Pyro model written by hand.*model=\.\.\."
+    for given in ({}, {"net": nn.Linear(4, 1)}, {"model": 3}, {"model": make().model}):
+        with pytest.raises(CheckpointError, match=message):
+            Posterior.load(tmp_path / "hand", **given)  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match=r"(?s)holds a network.*net=\.\.\."):
+        Posterior.load(tmp_path / "network", model=Regression())
+    with pytest.raises(CheckpointError, match="does not fit"):
+        Posterior.load(tmp_path / "hand", model=nn.Linear(4, 1))
+
+
 # --- round trips --------------------------------------------------------------------------------
 
 
@@ -100,6 +191,35 @@ def test_a_network_of_your_own_comes_back_with_it(tmp_path: Path) -> None:
         Posterior.load(tmp_path / "run")
     loaded = Posterior.load(tmp_path / "run", net=Own())
     assert_same(loaded, posterior)
+    assert torch.equal(loaded.output(X), posterior.output(X))
+
+
+@pytest.mark.parametrize(
+    "make_net",
+    [lambda: dense((4, 6, 3)), lambda: lenet_300_100(4, 3), lambda: linear_regression(4, 3)],
+)
+def test_a_network_of_ours_comes_back_however_it_was_made(tmp_path: Path, make_net: Any) -> None:
+    posterior = make(make_net())
+    state = torch.get_rng_state()
+    posterior.save(tmp_path / "run")
+    loaded = Posterior.load(tmp_path / "run")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert_same(loaded, posterior)
+    assert torch.equal(loaded.output(X), posterior.output(X))
+
+
+@pytest.mark.parametrize("change", ["layer", "spec"])
+def test_a_network_of_ours_that_was_changed_is_one_of_your_own(tmp_path: Path, change: str) -> None:
+    net = dense((4, 6, 3))
+    if change == "layer":
+        net.append(nn.Tanh())
+    else:
+        net.spec = {"mine": 1}  # type: ignore[assignment]
+    posterior = make(net)
+    posterior.save(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="network of your own class"):
+        Posterior.load(tmp_path / "run")
+    loaded = Posterior.load(tmp_path / "run", net)
     assert torch.equal(loaded.output(X), posterior.output(X))
 
 
@@ -262,9 +382,6 @@ def test_a_posterior_that_cannot_be_saved_leaves_nothing(tmp_path: Path) -> None
     posterior.model.prior = dist.Normal(0.0, 1.0)  # type: ignore[attr-defined]
     with pytest.raises(TypeError, match="priors can be saved, but the prior is Normal"):
         posterior.save(tmp_path / "run")
-    hand_written = Posterior(lambda: None, posterior.guide)
-    with pytest.raises(TypeError, match="needs a BayesianNetwork"):
-        hand_written.save(tmp_path / "run")
     assert files(tmp_path) == set()
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pyro
@@ -14,7 +16,7 @@ from pyro.infer import Predictive
 from torch import Tensor, nn
 
 from bayes_svdo.distributions import LogUniform
-from bayes_svdo.inference import AdditiveNoiseGuide, Posterior
+from bayes_svdo.inference import AdditiveNoiseGuide, Posterior, fit
 from bayes_svdo.models import BayesianNetwork, Bernoulli, Categorical, Gaussian
 
 N = 12
@@ -160,6 +162,13 @@ def test_sparsity_counts_weights_and_what_is_no_weight() -> None:
     assert posterior.sparsity(-math.inf).compression == math.inf
     assert posterior.sparsity(math.inf).compression == 1.0
     assert posterior.summary() == str(table)
+
+
+def test_weights_that_were_given_no_prior_are_no_biases() -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    model = BayesianNetwork(net, Categorical(), N, where="2.weight")
+    table = Posterior(model, AdditiveNoiseGuide(model)).sparsity()
+    assert (table.weights, table.num_biases, table.num_dense) == (18, 9, 24)
 
 
 def test_sparsity_of_a_hand_written_model() -> None:
@@ -334,10 +343,12 @@ def hand_written() -> Posterior:
 def test_questions_about_a_network_say_what_to_do_for_another_model() -> None:
     posterior = hand_written()
     assert torch.equal(posterior.means()["w"], torch.ones(4))
-    message = r"needs a BayesianNetwork, but the model is regression.*(?s:.)*Predictive"
-    for question in (posterior.prune, lambda: posterior.output(inputs(4))):
-        with pytest.raises(TypeError, match=message):
-            question()
+    message = r"(?s){} needs a BayesianNetwork, but the model is regression.*Try {}"
+    with pytest.raises(TypeError, match=message.format("prune", r"posterior.means\(\)")):
+        posterior.prune()
+    for question in ("output", "predict"):
+        with pytest.raises(TypeError, match=message.format(question, "pyro.infer.Predictive")):
+            getattr(posterior, question)(inputs(4))
     samples = Predictive(posterior.guide.model, guide=posterior.guide, num_samples=3)(inputs(4))
     assert samples["y"].shape == (3, N)
 
@@ -359,3 +370,23 @@ def test_predictions_are_the_same_on_a_gpu(name: str) -> None:
     torch.testing.assert_close(there.cpu(), here, rtol=1e-3, atol=1e-4)
     assert posterior.predict(x, 2).is_cuda
     torch.testing.assert_close(posterior.prune().cpu()(x), here, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("copy", [None, deepcopy, lambda p: pickle.loads(pickle.dumps(p))])
+def test_pyros_predictive_does_not_write_one_posterior_into_another(copy: Any) -> None:
+    """Pyro's parameter store goes by names, and all posteriors are of the same classes."""
+    x = torch.randn(100, 1)
+    model = BayesianNetwork(nn.Linear(1, 1), Gaussian(0.5), 100)
+    settings: dict[str, Any] = {"epochs": 20, "lr": 0.1, "progress": False, "seed": 0}
+    one = fit(model, (x, 2 * x), **settings)
+    other = fit(model, (x, -2 * x), **settings) if copy is None else copy(one)
+    if copy is not None:
+        with torch.no_grad():
+            for parameter in other.guide.location_parameters():
+                parameter.neg_()
+    expected = [posterior.output(x) for posterior in (one, other)]
+    for posterior in (one, other):
+        Predictive(posterior.model, guide=posterior.guide, num_samples=1)(x)
+    for posterior, output in zip((one, other), expected, strict=True):
+        torch.testing.assert_close(posterior.output(x), output)
+    assert (expected[0] - expected[1]).abs().max() > 1

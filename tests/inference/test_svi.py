@@ -299,6 +299,21 @@ def test_global_settings_are_as_before() -> None:
     assert bool(torch.tensor(1e-40) * 1.0)  # denormals are numbers again
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_run_needs_no_gradients_around_it(mode: Any) -> None:
+    expected = quick()
+    with mode():
+        posterior = quick()
+    assert_same_state(state(posterior.guide), state(expected.guide))
+
+
+def test_a_quiet_run_says_nothing(caplog: Any, capfd: Any) -> None:
+    with caplog.at_level("INFO"):
+        quick(precision="bf16-mixed", epochs=1)
+    assert caplog.records == []
+    assert capfd.readouterr() == ("", "")
+
+
 # --- warm starts --------------------------------------------------------------------------------
 
 

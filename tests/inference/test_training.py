@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from bayes_svdo.distributions import LogUniform
 from bayes_svdo.inference import (
@@ -134,8 +135,39 @@ def test_a_stream_that_gives_more_than_it_said_does_not_run_off_the_schedule() -
         def __iter__(self) -> Iterator[Any]:
             return iter([*zip(X, Y, strict=True), *zip(X, Y, strict=True)])
 
-    posterior = quick(train=DataLoader(Stream(), batch_size=10), epochs=1, lr=0.01)
-    assert posterior.history[0]["lr"] == 0.0  # 8 batches of 4: all that is left of the schedule
+    seen: list[float] = []
+
+    def schedule(progress: float) -> float:
+        seen.append(progress)
+        return 1.0 - progress
+
+    with pytest.raises(ValueError, match="num_data=40, but train gave 80 data points"):
+        quick(train=DataLoader(Stream(), batch_size=10), epochs=1, lr_schedule=schedule)
+    assert seen == pytest.approx([0, 0.25, 0.5, 0.75, 1, 1, 1, 1])
+
+
+def test_steps_are_those_that_were_done_and_the_schedules_follow_them() -> None:
+    class Sampler:
+        def __len__(self) -> int:
+            return 2  # it gives 4
+
+        def __iter__(self) -> Iterator[Any]:
+            return iter(torch.arange(N).split(10))
+
+    loader = DataLoader(TensorDataset(X, Y), batch_sampler=Sampler())
+    posterior = quick(train=loader, epochs=3, lr=1.0, lr_schedule=lambda p: 1 - p)
+    assert posterior.history.column("step") == [4, 8, 12]
+    # 2 of 6 steps, as was said; then 7 of 12, and 11 of 12.
+    assert posterior.history.column("lr") == pytest.approx([1 - 2 / 6, 1 - 7 / 12, 1 - 11 / 12])
+
+
+def test_a_step_counts_by_its_data_points() -> None:
+    """With no noise and no learning the NLL is that of the whole data set."""
+    model = classifier()
+    guide = AdditiveNoiseGuide(model, init_log_sigma2=-40.0)
+    row = quick(model, guide=guide, epochs=1, batch_size=33, lr=1e-30).history[0]
+    nll = nn.functional.cross_entropy(model.net(X), Y)
+    assert row["nll"] == pytest.approx(float(nll.detach()), rel=1e-5)
 
 
 def test_a_stream_that_runs_dry_is_an_error() -> None:
@@ -189,6 +221,15 @@ def test_pruning_waits_where_the_kl_never_has_full_weight() -> None:
     assert all((value < math.inf).all() for value in posterior.log_alpha().values())
 
 
+def test_pruning_comes_last_where_the_warmup_ends_with_training() -> None:
+    posterior = quick(
+        epochs=3, lr=0.05, kl_warmup=(0.0, 1.0), prune_while_training=True, threshold=-4.0
+    )
+    gone = [(value == math.inf).any() for value in posterior.log_alpha().values()]
+    assert any(gone)
+    assert posterior.history[-1]["kl_weight"] < 1
+
+
 # --- what ends it -------------------------------------------------------------------------------
 
 
@@ -221,6 +262,17 @@ def test_ctrl_c_ends_training_with_the_posterior_so_far(epoch: int) -> None:
     assert posterior.stopped_because == f"interrupted after epoch {epoch} of 10"
     assert not posterior.model.training  # type: ignore[attr-defined]
     assert posterior.predict(X).shape == (N, 2)
+
+
+def test_ctrl_c_gives_the_posterior_though_warnings_are_errors() -> None:
+    def interrupt(end: EpochEnd) -> None:
+        raise KeyboardInterrupt
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        posterior = quick(callbacks=[interrupt])
+    assert posterior.stopped_because == "interrupted after epoch 1 of 10"
+    assert not posterior.model.training  # type: ignore[attr-defined]
 
 
 def test_ctrl_c_in_the_middle_of_an_epoch_is_the_same() -> None:
@@ -260,7 +312,7 @@ class BreaksAt(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> None:
         w = pyro.sample("w", LogUniform().expand([3]).to_event(1))
         self.calls += 1
-        bad = self.calls - 2 >= self.step  # the set-up of the guide, and a check, come before
+        bad = self.calls - 3 >= self.step  # the set-up of the guide, and two checks, come before
         mean = x @ w
         with pyro.plate("data", N, subsample=torch.arange(len(x))):
             pyro.sample("fine", dist.Normal(mean, 1.0), obs=y.float())
@@ -359,6 +411,20 @@ def test_evaluation_is_of_the_pruned_mean_network() -> None:
     )
     nothing = evaluate(posterior, data, threshold=-math.inf)
     assert nothing["validation_nll"] != pytest.approx(float(nll), rel=1e-5)
+
+
+def test_evaluation_finds_the_pruned_network_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    posterior = quick(epochs=1)
+    calls = []
+    log_alpha = posterior.guide.log_alpha
+    monkeypatch.setattr(posterior.guide, "log_alpha", lambda: calls.append(1) or log_alpha())
+    evaluate(posterior, make_batches((X, Y), 7, torch.device("cpu"), "test"))
+    assert len(calls) == 1
+
+
+def test_evaluation_on_nothing_is_an_error() -> None:
+    with pytest.raises(ValueError, match="test gives no batches"):
+        evaluate(quick(epochs=0), [], prefix="test")  # type: ignore[arg-type]
 
 
 @pytest.mark.cuda

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,12 @@ def test_two_sizes_are_one_layer() -> None:
     assert [name for name, _ in dense((4, 3)).named_children()] == ["flatten", "fc1"]
 
 
+def test_numpys_integers_are_sizes() -> None:
+    net = dense(np.array([4, 3, 2]))
+    assert net.spec == {"name": "4-3-2", "in_features": 4, "out_features": 2}
+    assert type(net.fc1.in_features) is int
+
+
 def test_weights_are_he_initialised_and_biases_zero() -> None:
     """Standard deviation sqrt(2 / fan_in); 6 standard errors: fails by chance once in 5e8 runs."""
     torch.manual_seed(0)
@@ -69,7 +76,7 @@ def test_weights_are_he_initialised_and_biases_zero() -> None:
         assert torch.equal(layer.bias, torch.zeros_like(layer.bias))
 
 
-@pytest.mark.parametrize("sizes", [(), (3,), (3, 0), (3, -1, 2), (3, 2.0), ("3", 2)])
+@pytest.mark.parametrize("sizes", [(), (3,), (3, 0), (3, -1, 2), (3, 2.0), ("3", 2), (3, True)])
 def test_sizes_that_are_no_network_are_refused(sizes: Any) -> None:
     with pytest.raises(ValueError, match=r"sizes must be two or more positive integers.*but is \("):
         dense(sizes)

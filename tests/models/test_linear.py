@@ -19,6 +19,16 @@ def test_outputs_are_linear_in_the_flattened_features() -> None:
     torch.testing.assert_close(net(x), x.reshape(4, 6) @ weight.T + bias)
 
 
+def test_they_say_how_they_are_built_again() -> None:
+    spec = {"name": "logistic-regression", "in_features": 4, "out_features": 3}
+    assert logistic_regression(4, 3).spec == spec
+    assert linear_regression(4).spec == {
+        "name": "linear-regression",
+        "in_features": 4,
+        "out_features": 1,
+    }
+
+
 def test_the_zero_start_is_no_trap() -> None:
     """Gradients of a linear model do not vanish at zero."""
     net = logistic_regression(4, 3)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -22,6 +24,12 @@ def test_a_network_can_be_built_again_from_its_spec(name: str) -> None:
     again.load_state_dict(net.state_dict())
     x = torch.randn(2, 64)
     assert torch.equal(net(x), again(x))
+
+
+@pytest.mark.parametrize("make", set(NETWORKS.values()))
+def test_a_network_that_was_made_directly_can_be_built_again(make: Any) -> None:
+    net = make(64, 5)
+    assert repr(build(**net.spec)) == repr(net)
 
 
 def test_sizes_are_all_layers() -> None:
