@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 from bayes_svdo import cli, data
-from bayes_svdo.experiments import runs, training
+from bayes_svdo.experiments import compare_methods, figures, runs, training
 from bayes_svdo.experiments.training import KLS, Settings
 from bayes_svdo.inference import History, Posterior
 from bayes_svdo.models.registry import NETWORKS
@@ -65,7 +65,7 @@ def no_pictures(monkeypatch):
 def test_the_help_lists_every_command(arguments):
     result = invoke(*arguments)
     assert result.exit_code == 0
-    assert {"fit", "show", "demo"} <= set(result.stdout.split())
+    assert {"fit", "show", "demo", "compare", "figure"} <= set(result.stdout.split())
 
 
 def test_the_help_of_fit_names_every_setting_network_data_set_and_kl():
@@ -74,6 +74,7 @@ def test_the_help_of_fit_names_every_setting_network_data_set_and_kl():
     words = set(re.findall(r"[\w-]+", result.stdout))
     options = {"--" + field.name.replace("_", "-") for field in fields(Settings)}
     assert options | {*NETWORKS, *data.available(), *KLS} <= words
+    assert "kingma2015" not in words
 
 
 def test_version():
@@ -91,7 +92,7 @@ def test_the_module_runs_as_the_command_does():
     )
     assert result.returncode == 2
     assert result.stdout == ""
-    assert re.fullmatch(r"bayes-svdo: unknown data set 'digit'\. .*'digits'.*\n", result.stderr)
+    assert re.fullmatch(r'bayes-svdo: unknown data set "digit"\. .*"digits".*\n', result.stderr)
 
 
 # Errors: one line, exit code 2, nothing written.
@@ -102,7 +103,9 @@ def test_the_module_runs_as_the_command_does():
     [
         (["--model", "lenet-300-10"], r'"lenet-300-10".*Did you mean "lenet-300-100"'),
         (["--model", "784-256-10"], "Try 64-256-10"),
-        (["--data", "minst"], "'minst'.*Did you mean 'mnist'"),
+        (["--data", "minst"], '"minst".*Did you mean "mnist"'),
+        (["--kl", "kingma2015"], "alpha <= 1 only.*Known: .*molchanov2017"),
+        (["--seed", str(10**20)], "seed must be an integer of 64 bits.*100000000000000000000"),
         (["--kl", "molchanov"], 'unknown kl "molchanov".*Did you mean "molchanov2017"'),
         (["--device", "cud"], '"cud".*Did you mean "cuda"'),
         (["--precision", "32"], 'unknown precision "32"'),
@@ -355,6 +358,17 @@ def test_show_prints_what_fit_printed_and_draws_the_pictures_again(finished, cop
     assert not [path for path in copy.iterdir() if path.name.startswith(".")]
 
 
+def test_show_prints_the_table_where_no_picture_can_be_drawn(finished, copy, monkeypatch):
+    def refused(run, folder):
+        raise PermissionError(13, "Permission denied", str(folder / "training.png"))
+
+    monkeypatch.setattr(runs, "draw", refused)
+    result = invoke("show", copy)
+    assert result.exit_code == 0
+    assert result.stdout == finished[1].stdout.partition("\nRun folder")[0]
+    assert re.search("pictures were not drawn.*training.png", complaint(result))
+
+
 def _truncate(path):
     path.write_bytes(path.read_bytes()[:-9])
 
@@ -422,3 +436,107 @@ def test_the_global_random_state_is_not_needed(tmp_path, no_pictures):
         assert invoke("fit", *TINY, "--epochs", 2, "--out", tmp_path / name).exit_code == 0
         summaries.append(json.loads((tmp_path / name / "summary.json").read_text())["test"])
     assert summaries[0] == summaries[1]
+
+
+# figure.
+
+
+def test_figure_writes_the_picture_and_the_numbers_and_says_where(tmp_path):
+    out = tmp_path / "figures"
+    result = invoke("figure", "kl", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines() == [str(out / "kl.png"), str(out / "kl.csv")]
+    assert sorted(path.name for path in out.iterdir()) == ["kl.csv", "kl.png"]
+
+
+def test_the_help_of_figure_names_every_figure():
+    result = invoke("figure", "--help")
+    assert {*figures.FIGURES, figures.ALL} <= set(re.findall(r"[\w-]+", result.stdout))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["gradient-varience"], 'unknown figure.*Did you mean "gradient-variance"'),
+        (["nonsense"], 'unknown figure "nonsense".*Known: kl, gradient-variance, shrinkage, all'),
+        ([], "Missing argument.*NAME"),
+    ],
+)
+def test_a_figure_that_is_not_there_is_one_line(arguments, words, tmp_path):
+    result = invoke("figure", *arguments, "--out", tmp_path / "figures")
+    assert result.exit_code == 2
+    assert re.search(words, complaint(result))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_figures_go_into_a_folder_only(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = invoke("figure", "all", "--out", tmp_path / "file")
+    assert result.exit_code == 2
+    assert "is a file" in complaint(result)
+
+
+# compare.
+
+
+@pytest.fixture
+def fits(monkeypatch):
+    """Stand-ins for the fits of a comparison, of which all but so many are interrupted."""
+    state = {"done": 0, "allowed": 6}
+
+    def evaluate(method, name, task, seed, device):
+        if state["done"] == state["allowed"]:
+            raise KeyboardInterrupt
+        state["done"] += 1
+        return compare_methods.Outcome(90.0 + seed, 75.0, 0.2, 160, 640, None, 0.1, None)
+
+    monkeypatch.setattr(compare_methods, "evaluate", evaluate)
+    return state
+
+
+def test_compare_prints_a_line_per_result_and_the_table_and_show_the_table_again(fits, tmp_path):
+    out = tmp_path / "compare"
+    result = invoke("compare", "digits", "--seeds", 2, "--out", out)
+    assert result.exit_code == 0, result.output
+    lines = result.stderr.splitlines()
+    assert lines[0] == "digits, seed 0, VD-ARD: accuracy 90.0 %, zero weights 75.0 %, 0.1 s"
+    assert len(lines) == 6
+    assert re.search(r"digits\W+RVM\W+90.5 ± 0.7\W+94.5", result.stdout)
+    assert str(out) in result.stdout
+    shown = invoke("show", out)
+    assert (shown.exit_code, shown.stdout) == (0, result.stdout)
+
+
+def test_compare_stopped_by_ctrl_c_says_so_and_continues(fits, tmp_path):
+    fits["allowed"] = 2
+    command = ["compare", "digits", "--seeds", 2, "--out", tmp_path / "compare"]
+    result = invoke(*command)
+    assert result.exit_code == 130
+    assert re.search("interrupted after 2 of 6 results.*continues", result.stderr.splitlines()[-1])
+    fits["allowed"] = 6
+    result = invoke(*command)
+    assert result.exit_code == 0, result.output
+    assert len(result.stderr.splitlines()) == 4
+    again = invoke(*command)
+    assert again.exit_code == 2
+    assert re.search("is not empty.*--overwrite", complaint(again))
+
+
+def test_the_help_of_compare_names_every_data_set():
+    result = invoke("compare", "--help")
+    assert set(compare_methods.METHODS) <= set(re.findall(r"[\w+]+", result.stdout))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["digit"], 'unknown data set "digit".*Did you mean "digits"'),
+        (["--seeds", "0"], "seeds must be.*0"),
+        (["digits", "digits"], "each set once"),
+    ],
+)
+def test_a_comparison_that_cannot_be_is_one_line(fits, arguments, words, tmp_path):
+    result = invoke("compare", *arguments, "--out", tmp_path / "compare")
+    assert result.exit_code == 2
+    assert re.search(words, complaint(result))
+    assert list(tmp_path.iterdir()) == []

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from bayes_svdo.distributions import LogUniform
 from bayes_svdo.inference.arguments import choose_device
+from bayes_svdo.inference.elbo import TraceAnalyticKL_ELBO
 from bayes_svdo.inference.exact_regression import fit_vdard_regression
 from bayes_svdo.inference.guide import AdditiveNoiseGuide
 from bayes_svdo.inference.l1 import fit_l1_logistic
@@ -50,7 +51,8 @@ class _TorchEstimator(BaseEstimator):  # type: ignore[misc]
         return checked[0], checked[1]
 
     def _tensor(self, values: Array) -> Tensor:
-        tensor = torch.as_tensor(np.ascontiguousarray(values))
+        # A copy where the array is read-only, as those of joblib's workers are.
+        tensor = torch.as_tensor(np.require(values, requirements=("C", "W")))
         return tensor.to(choose_device(self.device))
 
     def _new_inputs(self, X: Any) -> Tensor:
@@ -193,11 +195,14 @@ class VDARDRegressor(RegressorMixin, _TorchEstimator):  # type: ignore[misc]
 class VDARDClassifier(_Classifier):
     """Logistic regression under the log-uniform prior, fitted by SVI (the poster's DSVI).
 
-    Features are standardised inside; a scale does not change which weights are relevant.
-
     Args:
         kl: As in :class:`~bayes_svdo.distributions.LogUniform`.
+        kl_weight: Factor on the KL; 1.0 is the ELBO itself, more gives fewer weights.
         threshold: A weight is zero where ``log alpha >= threshold``.
+        init_log_sigma2: Initial log variance of the weights of the scaled features.
+        standardize: Whether every feature is scaled to a standard deviation of 1 inside, so that
+            units do not matter. Otherwise all are divided by one scale, which suits features of
+            one unit, such as pixels: those that are almost constant then count for less.
         lr: Adam's learning rate.
         batch_size: Samples per step, at most.
         max_iter: Number of steps.
@@ -219,15 +224,20 @@ class VDARDClassifier(_Classifier):
         self,
         *,
         kl: str = "molchanov2017",
+        kl_weight: float = 1.0,
         threshold: float = 3.0,
+        init_log_sigma2: float = -10.0,
+        standardize: bool = True,
         lr: float = 0.02,
-        batch_size: int = 100,
-        max_iter: int = 2000,
-        kl_warmup: tuple[float, float] = (0.1, 0.3),
+        batch_size: int = 200,
+        max_iter: int = 1000,
+        kl_warmup: tuple[float, float] = (0.3, 0.5),
         random_state: Any = None,
         device: str = "auto",
     ) -> None:
-        self.kl, self.threshold, self.lr, self.batch_size = kl, threshold, lr, batch_size
+        self.kl, self.kl_weight, self.threshold = kl, kl_weight, threshold
+        self.init_log_sigma2, self.standardize = init_log_sigma2, standardize
+        self.lr, self.batch_size = lr, batch_size
         self.max_iter, self.kl_warmup, self.random_state = max_iter, kl_warmup, random_state
         self.device = device
 
@@ -235,6 +245,8 @@ class VDARDClassifier(_Classifier):
         """Fit to ``X``, shape ``(n_samples, n_features)``, and labels ``y``, ``(n_samples,)``."""
         inputs, labels = self._labelled_data(X, y)
         mean, scale = inputs.mean(0), inputs.std(0, correction=0)
+        if not self.standardize:
+            scale = scale.square().mean().sqrt().expand_as(scale)
         scale = torch.where(scale > 0, scale, 1.0)
         posterior = self._fit_svi(((inputs - mean) / scale).float(), labels)
         (log_alpha,) = posterior.log_alpha().values()
@@ -260,19 +272,26 @@ class VDARDClassifier(_Classifier):
             len(x),
             LogUniform(self.kl),  # type: ignore[arg-type]
         )
-        return fit(
-            model,
-            (x, y),
-            guide=AdditiveNoiseGuide(model, init_log_sigma2=-6.0),
-            epochs=max(1, math.ceil(self.max_iter / math.ceil(len(x) / batch_size))),
-            batch_size=batch_size,
-            lr=self.lr,
-            kl_warmup=self.kl_warmup,
-            threshold=self.threshold,
-            seed=int(check_random_state(self.random_state).randint(2**31 - 1)),
-            device=x.device,
-            progress=False,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "training was interrupted")
+            posterior = fit(
+                model,
+                (x, y),
+                guide=AdditiveNoiseGuide(model, init_log_sigma2=self.init_log_sigma2),
+                elbo=TraceAnalyticKL_ELBO(kl_weight=self.kl_weight),
+                epochs=max(1, math.ceil(self.max_iter / math.ceil(len(x) / batch_size))),
+                batch_size=batch_size,
+                lr=self.lr,
+                kl_warmup=self.kl_warmup,
+                threshold=self.threshold,
+                seed=int(check_random_state(self.random_state).randint(2**31 - 1)),
+                device=x.device,
+                progress=False,
+            )
+        if posterior.stopped_because.startswith("interrupted"):
+            # A half-trained fit would pass for a whole one, in a grid search say.
+            raise KeyboardInterrupt
+        return posterior
 
     def decision_function(self, X: Any) -> Array:
         """Logits: of ``classes_[1]``, shape ``(n_samples,)``, or of each class."""
@@ -503,7 +522,11 @@ class RVMClassifier(_Classifier):
 
 def _array(values: Any) -> Any:
     """A tensor of any device as an array; anything else as it is."""
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else values
+    if not isinstance(values, Tensor):
+        return values
+    values = values.detach().cpu()
+    # NumPy has no bfloat16.
+    return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
 
 
 def _probabilities(logits: Array) -> Array:

@@ -22,6 +22,7 @@ from bayes_svdo.inference.estimators import (
     VDARDRegressor,
 )
 from bayes_svdo.inference.exact_regression import DegenerateObjectiveError
+from bayes_svdo.inference.history import History
 
 # Few steps: the checks look at behaviour, on problems that a handful of steps solve.
 QUICK = VDARDClassifier(max_iter=150, lr=0.05, random_state=0)
@@ -80,8 +81,46 @@ def test_svi_classifier_is_sparse_and_accurate(cancer):
     noisy = np.hstack([x, rng.standard_normal((len(x), 20))])
     fitted = VDARDClassifier(max_iter=1000, random_state=0).fit(noisy, y)
     assert fitted.score(noisy, y) > 0.93
-    assert (fitted.coef_[0, 30:] == 0).mean() > 0.8  # features of pure noise
+    # Of features of pure noise 32 % have a squared z-score above 1; fewer than 10 of 20 with 97 %.
+    assert (fitted.coef_[0, 30:] == 0).mean() > 0.5
     assert (np.isinf(fitted.log_alpha_) | (fitted.log_alpha_ >= 3) == (fitted.coef_ == 0)).all()
+
+
+def test_a_heavier_kl_leaves_fewer_weights(cancer):
+    light, heavy = (
+        VDARDClassifier(max_iter=400, kl_weight=weight, random_state=0).fit(*cancer)
+        for weight in (0.1, 10.0)
+    )
+    assert np.count_nonzero(heavy.coef_) < np.count_nonzero(light.coef_)
+
+
+def test_where_the_variances_start_is_where_they_are_without_training(cancer):
+    fitted = VDARDClassifier(init_log_sigma2=-4.0, max_iter=1, lr=1e-9, random_state=0)
+    sigma = fitted.fit(*cancer).sigma_ * cancer[0].std(0)
+    np.testing.assert_allclose(sigma, np.exp(-2.0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("standardize", [True, False])
+def test_units_do_not_matter_where_features_are_standardised(cancer, standardize):
+    x, y = cancer
+    units = np.where(np.arange(30) % 2, 8.0, 0.125)  # powers of 2, which round nothing
+    model = VDARDClassifier(max_iter=100, standardize=standardize, random_state=0)
+    plain, scaled = clone(model).fit(x, y), clone(model).fit(x * units, y)
+    same = np.allclose(scaled.coef_ * units, plain.coef_, rtol=1e-3, atol=1e-6)
+    assert same is standardize
+    whole = clone(model).fit(4 * x, y)  # one unit for all never matters
+    np.testing.assert_allclose(4 * whole.coef_, plain.coef_, rtol=1e-3, atol=1e-6)
+
+
+def test_ctrl_c_ends_a_fit_and_what_it_is_part_of(cancer, monkeypatch):
+    """And never leaves a half-trained estimator that passes for a fitted one."""
+
+    def interrupted(self, row):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(History, "append", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        QUICK.fit(*cancer)
 
 
 @pytest.mark.parametrize("classifier", CLASSIFIERS, ids=lambda c: type(c).__name__)
