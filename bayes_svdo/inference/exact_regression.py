@@ -48,6 +48,7 @@ from bayes_svdo.inference.exact_regression_data import (
     check_noise,
     check_options,
     checked_data,
+    checked_inputs,
     given_precision,
     kl_weight_of,
     natural_units,
@@ -129,14 +130,10 @@ class VDARDRegression:
             return_std: Also return the standard deviation, (..., M).
 
         Raises:
-            ValueError: ``x`` has another number of features.
+            TypeError: ``x`` is not a dense real tensor.
+            ValueError: ``x`` has another number of features, or NaN or infinite values.
         """
-        dim = self.loc.shape[-1]
-        if x.dim() < 2 or x.shape[-1] != dim:
-            raise ValueError(
-                f"x must have shape (..., observations, {dim}) as in the fit, got {tuple(x.shape)}."
-            )
-        x = x.to(self.loc.dtype)
+        x = checked_inputs(x, self.loc.shape[-1], self.loc.dtype)
         mean = (x @ self.loc[..., None])[..., 0] + self.intercept[..., None]
         if not return_std:
             return mean
@@ -196,7 +193,8 @@ def fit_vdard_regression(
         dtype: float64 or float32: what is computed in, and the dtype of the result.
 
     Raises:
-        TypeError: ``x`` or ``y`` is not a real tensor, or they are on different devices.
+        TypeError: ``x`` or ``y`` is not a dense real tensor, they are on different devices, or an
+            option is of the wrong type.
         ValueError: Wrong shapes, NaN or infinite values, too few observations, or an option out of
             range.
         DegenerateObjectiveError: The objective has no maximum, because the data can be fitted
@@ -210,11 +208,11 @@ def fit_vdard_regression(
     >>> fit_vdard_regression(x, y, kl_weight="bic", fit_intercept=False).kept
     tensor([ True,  True, False, False])
     """
+    check_options(method, min_noise, max_iter, tol)
     x, y = checked_data(x, y, dtype)
     num_data, dim = x.shape[-2:]
     degrees = num_data - fit_intercept
     weight = kl_weight_of(kl_weight, num_data)
-    check_options(method, min_noise, max_iter, tol)
     if degrees < 1:
         raise ValueError(
             f"x has {num_data} observation(s), n_samples = {num_data}; an intercept and a noise "

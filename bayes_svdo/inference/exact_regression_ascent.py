@@ -37,7 +37,7 @@ _SMALL_CHANGE = 0.1
 # Columns more correlated than this do not enter in the same step.
 _LARGEST_CORRELATION = 0.3
 # As many may enter at once as are active, and this many to begin with.
-_FIRST_TO_ENTER = 4
+_FIRST_TO_ENTER = 8
 # Beyond it a weight is shrunk to less than rounding, and may as well be pruned.
 _LARGEST_LOG_ALPHA = 40.0
 # A Newton step lowers log(alpha / (1 + alpha)) by at most this.
@@ -355,7 +355,10 @@ def iterate(
     rise = new.elbo - state.elbo
     finished = finished | (grows & (rise <= 0))  # what is left to gain is less than rounding
     settled = ~grows & (rise <= tolerance)
-    return new, Progress((settled | grows) & ~finished, settled, finished)
+    finished = finished | (settled & progress.searching)
+    # Newton's method squares its error: after so small a rise the next step may be the last.
+    nearly = rise <= math.sqrt(tolerance)
+    return new, Progress((nearly | grows) & ~finished, settled, finished)
 
 
 def _fall_back(

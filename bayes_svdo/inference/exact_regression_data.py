@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -57,6 +58,22 @@ def checked_data(x: Tensor, y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
     return x.expand(*batch, *x.shape[-2:])[None], y.expand(*batch, y.shape[-1])[None]
 
 
+def checked_inputs(x: Tensor, dim: int, dtype: torch.dtype) -> Tensor:  # (..., M, D)
+    """Inputs to predict at, in ``dtype``."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}.")
+    if x.layout != torch.strided or x.is_complex():
+        raise TypeError(f"x must be a dense tensor of real numbers, got {x.layout}, {x.dtype}.")
+    if x.dim() < 2 or x.shape[-1] != dim:
+        raise ValueError(
+            f"x must have shape (..., observations, {dim}) as in the fit, got {tuple(x.shape)}."
+        )
+    if not x.isfinite().all():
+        bad = int((~x.isfinite()).sum())
+        raise ValueError(f"x contains NaN or infinity ({bad} of {x.numel()} values).")
+    return x.to(dtype)
+
+
 def kl_weight_of(kl_weight: float | str, num_data: int) -> float:
     """The number behind a name; see :func:`fit_vdard_regression`."""
     if isinstance(kl_weight, str):
@@ -76,13 +93,29 @@ def kl_weight_of(kl_weight: float | str, num_data: int) -> float:
             )
         # The quantile of chi-square with one degree of freedom.
         return 2 * float(torch.erfinv(torch.tensor(1 - share, dtype=torch.float64)).square())
+    if not _is_a(Real, kl_weight):
+        raise TypeError(
+            'kl_weight must be a positive number, "aic", "bic" or a percentage such as "5%", got '
+            f"{kl_weight!r}."
+        )
     if not (0 < kl_weight < math.inf):
         raise ValueError(f"kl_weight must be positive and finite, got {kl_weight}.")
     return float(kl_weight)
 
 
+def _is_a(kind: type, value: object) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def check_options(method: str, min_noise: float, max_iter: int, tol: float | None) -> None:
     """Refuse options out of range."""
+    for name, value, kind, wanted in (
+        ("min_noise", min_noise, Real, "a number"),
+        ("max_iter", max_iter, Integral, "an integer"),
+        ("tol", 1.0 if tol is None else tol, Real, "a number or None"),
+    ):
+        if not _is_a(kind, value):
+            raise TypeError(f"{name} must be {wanted}, got {value!r}.")
     if method not in get_args(Method):
         raise ValueError(f'method must be "joint" or "alternating", got {method!r}.')
     if not 0 <= min_noise < 1:
@@ -241,7 +274,7 @@ def check_interpolation(problems: Problems) -> None:
         raise DegenerateObjectiveError(
             f"the {dim} features fit y without error{_which(perfect)}, and with kl_weight = "
             f"{problems.kl_weight:g} <= 1 that costs no more than it gains: the ELBO has no "
-            "maximum as the noise goes to 0.\n  Try kl_weight above 1, such as 'aic' or 'bic', "
+            "maximum as the noise goes to 0.\n  Try kl_weight above 1, such as 'aic' (2), "
             f"{_REMEDY}"
         )
 

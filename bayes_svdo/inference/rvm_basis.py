@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import torch
+from scipy.linalg import blas
 from torch import Tensor
 
 KernelFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -46,6 +47,8 @@ def check_inputs(x: Tensor, y: Tensor) -> None:
         raise TypeError(
             f"y must be a torch.Tensor, got {type(y).__name__}.\n  Try torch.as_tensor(y)."
         )
+    if y.layout != torch.strided or y.is_complex():
+        raise TypeError(f"y must be a dense tensor of real numbers, got {y.layout}, {y.dtype}.")
     if y.dim() != 1 or len(y) != len(x):
         raise ValueError(
             f"y must have shape ({len(x)},), one value per row of x, got {tuple(y.shape)}."
@@ -204,9 +207,11 @@ def resolve_kernel(
         )
     if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1:
         raise ValueError(f"degree must be an integer of at least 1, got {degree!r}.")
+    if not math.isfinite(coef0):
+        raise ValueError(f"coef0 must be a finite number, got {coef0!r}.")
     return BasisFunctions(
         kernel=kernel,
-        gamma=_resolve_gamma(x, gamma),
+        gamma=_resolve_gamma(x, gamma, needed=kernel in ("rbf", "poly")),
         degree=degree,
         coef0=float(coef0),
         num_columns=x.shape[1],
@@ -215,13 +220,22 @@ def resolve_kernel(
     )
 
 
-def _resolve_gamma(x: Tensor, gamma: Gamma) -> float:
+def _resolve_gamma(x: Tensor, gamma: Gamma, needed: bool) -> float:
     if gamma == "auto":
         return 1.0 / x.shape[1]
+    if gamma == "scale" and not needed:
+        return 1.0
     if gamma == "scale":
         variance = float(x.var(correction=0))
         # Constant inputs have no scale; every kernel column is then the same whatever gamma is.
-        return 1.0 / (x.shape[1] * variance) if variance > 0 else 1.0
+        if variance == 0 and bool(x.max() == x.min()):
+            return 1.0
+        if not x.shape[1] * variance > torch.finfo(x.dtype).tiny or not math.isfinite(variance):
+            raise ValueError(
+                f'gamma="scale" needs the variance of x, which is {variance:g} in {x.dtype}.\n'
+                "  Try scaled inputs."
+            )
+        return 1.0 / (x.shape[1] * variance)
     if not isinstance(gamma, int | float) or not 0 < gamma < float("inf"):
         raise ValueError(f'gamma must be a positive number, "scale" or "auto", got {gamma!r}.')
     return float(gamma)
@@ -268,6 +282,8 @@ class DesignMatrix:
         self._kept: Tensor | None = x.T if own else None
         if not own and size <= max_bytes:
             self._kept = x.new_empty(self.num_basis, self.num_data)
+        self._least_norm = torch.finfo(x.dtype).tiny ** 0.5 / torch.finfo(x.dtype).eps
+        self._symmetric = basis.kernel == "rbf" and x.device.type == "cpu"
         self.mean, self.norm = self._moments(fill=not own)
         if not bool(self.norm.isfinite().all()):
             worst = int((~self.norm.isfinite()).nonzero()[0])
@@ -281,10 +297,28 @@ class DesignMatrix:
         self.scale = torch.where(self.is_null, 0.0, 1.0 / self.norm)
 
     def _blocks(self) -> Iterator[slice]:
+        for start in range(0, self.num_basis, self._block_size):
+            yield slice(start, min(start + self._block_size, self.num_basis))
+
+    @property
+    def _block_size(self) -> int:
         budget = _BLOCK_BYTES.get(self.x.device.type, _BLOCK_BYTES_ACCELERATOR)
-        size = max(16, budget // (self.num_data * self.x.element_size()))
-        for start in range(0, self.num_basis, size):
-            yield slice(start, min(start + size, self.num_basis))
+        return min(self.num_basis, max(16, budget // (self.num_data * self.x.element_size())))
+
+    def _work(self) -> Tensor:  # -> (block size, num_data)
+        """Room for one block.
+
+        Asked for block by block it would cost as much as the arithmetic, and as the allocator
+        seldom finds the last block's place again, in the end as much memory as the whole matrix.
+        """
+        return self.x.new_empty(self._block_size, self.num_data)
+
+    def _block(self, block: slice, room: Tensor | None) -> Tensor:
+        """The rows ``block``, computed into ``room`` where they are not kept."""
+        if self._kept is not None:
+            return self._kept[block]
+        assert room is not None
+        return self._compute(block, room[: block.stop - block.start])
 
     def _compute(self, which: slice | Tensor, out: Tensor | None = None) -> Tensor:
         """Rows ``which`` from the kernel, into ``out`` where one is given."""
@@ -299,16 +333,32 @@ class DesignMatrix:
         """Mean ``(num_basis,)`` and norm about it, or about 0 without an intercept."""
         mean = self.x.new_zeros(self.num_basis)
         norm = self.x.new_empty(self.num_basis)
+        work = self._work()
+        room = None if self._kept is not None else self._work()
         for block in self._blocks():
-            kept = None if self._kept is None else self._kept[block]
-            rows = self._compute(block, kept) if fill else kept
-            assert rows is not None
+            if fill and self._kept is not None:
+                self._compute(block, self._kept[block])
+            rows = self._block(block, room)
             if self.centred:
                 mean[block] = rows.mean(1)
-                # Two passes: the difference of raw moments loses a nearly constant function.
-                rows = rows - mean[block].unsqueeze(1)
-            norm[block] = rows.square().sum(1).sqrt()
+            # Two passes: the difference of raw moments loses a nearly constant function.
+            left = torch.sub(rows, mean[block].unsqueeze(1), out=work[: len(rows)])
+            norm[block] = left.square_().sum(1).sqrt()
+            if bool((norm[block] < self._least_norm).any()):
+                self._check_underflow(rows, mean[block], block.start)
         return mean, norm
+
+    def _check_underflow(self, rows: Tensor, mean: Tensor, first: int) -> None:
+        """Refuse basis functions that are not constant, but whose norm has no digits."""
+        largest = (rows - mean.unsqueeze(1)).abs().amax(1)
+        rounding = 32 * torch.finfo(rows.dtype).eps * mean.abs()
+        lost = (largest > rounding) & (largest * self.num_data**0.5 < self._least_norm)
+        if bool(lost.any()):
+            raise ValueError(
+                f"basis function {first + int(lost.nonzero()[0])} varies by "
+                f"{float(largest[lost][0]):g} only, too little to square in {rows.dtype}.\n"
+                "  Try scaled inputs."
+            )
 
     def rows(self, indices: Tensor) -> Tensor:  # (m,) -> (m, num_data)
         """The basis functions ``indices`` over the training data, scaled to unit norm."""
@@ -317,19 +367,33 @@ class DesignMatrix:
 
     def project(self, v: Tensor) -> Tensor:  # (num_data, k) -> (num_basis, k)
         """Inner products of all basis functions, centred and scaled, with the columns of ``v``."""
-        if self._kept is not None:
+        if self._kept is not None and self._symmetric and v.shape[1] == 1:
+            product = _symmetric_product(self._kept, v)
+        elif self._kept is not None:
             product = self._kept @ v
         else:
-            product = torch.cat([self._compute(block) @ v for block in self._blocks()])
+            room = self._work()
+            product = v.new_empty(self.num_basis, v.shape[1])
+            for block in self._blocks():
+                product[block] = self._block(block, room) @ v
         if self.centred:
             # Centring the product costs no copy of the matrix.
-            product -= torch.outer(self.mean, v.sum(0))
+            product.addr_(self.mean, v.sum(0), alpha=-1)
         return product.mul_(self.scale.unsqueeze(1))
 
     def project_squares(self, v: Tensor) -> Tensor:  # (num_data,) -> (num_basis,)
         """Inner products of the squares of all basis functions, centred and scaled, with ``v``."""
         product = torch.empty_like(self.norm)
+        work = self._work()
+        room = None if self._kept is not None else self._work()
         for block in self._blocks():
-            rows = self._compute(block) if self._kept is None else self._kept[block]
-            product[block] = (rows - self.mean[block].unsqueeze(1)).square_() @ v
+            rows = self._block(block, room)
+            left = torch.sub(rows, self.mean[block].unsqueeze(1), out=work[: len(rows)])
+            product[block] = left.square_() @ v
         return product.mul_(self.scale.square())
+
+
+def _symmetric_product(matrix: Tensor, v: Tensor) -> Tensor:  # (n, n), (n, 1) -> (n, 1)
+    """``matrix @ v`` from one of the triangles: half the numbers to read, and that is the price."""
+    symv = blas.dsymv if matrix.dtype == torch.float64 else blas.ssymv
+    return torch.from_numpy(symv(1.0, matrix.numpy().T, v[:, 0].numpy(), lower=1)).unsqueeze(1)

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,8 +66,7 @@ class Moments:
         return replace(self, gram=self.gram[left][:, left], moment=self.moment[left])
 
 
-@dataclass(frozen=True)
-class WeightPosterior:
+class WeightPosterior(NamedTuple):
     """Gaussian posterior of the weights at given precisions.
 
     Attributes:
@@ -113,7 +112,8 @@ def weight_posterior(data: Moments, log_alpha: Array, log_beta: float) -> Weight
     if beta * data.rounding * float(np.abs(mean).sum()) ** 2 > _MOST_ROUNDING:
         return None
     residual = data.energy + float(mean @ (data.gram @ mean - 2 * data.moment))
-    half = 0.5 * (log_alpha.sum() - alpha @ (mean * mean)) + np.log(whitener.diagonal()).sum()
+    half = np.add.reduce(0.5 * log_alpha + np.log(whitener.diagonal()))
+    half -= 0.5 * (alpha * mean @ mean)
     return WeightPosterior(
         log_alpha=log_alpha,
         log_beta=log_beta,
@@ -234,7 +234,7 @@ def _newton_step(
         if info == 0:
             step, _ = lapack.dpotrs(cholesky, gradient, lower=1)
             promised = 0.5 * float(gradient @ step)
-            step *= min(1.0, _LONGEST_STEP / float(np.abs(step).max() + 1e-300))
+            step *= min(1.0, _LONGEST_STEP / (max(step.max(), -step.min()) + 1e-300))
             log_beta = posterior.log_beta
             if len(step) > m:
                 log_beta = noise.clip(log_beta + float(step[m]))
@@ -259,13 +259,13 @@ def derivatives(
     gradient[:m] = 0.5 * (1 - shrinkage - square)
     gradient[m] = 0.5 * (data.num_data - noise_energy - m + free)
 
-    turned = scaled @ signal
-    squares = (scaled * scaled).sum(1)
+    pairs = scaled * (0.5 * scaled + signal[:, None] * signal)
+    of_all = np.add.reduce(pairs, 1)
     curvature = np.empty((m + 1, m + 1))
-    curvature[:m, :m] = scaled * (0.5 * scaled + signal[:, None] * signal)
+    curvature[:m, :m] = pairs
     curvature.flat[: m * (m + 1) : m + 2] -= 0.5 * (shrinkage + square)
-    curvature[m, :m] = curvature[:m, m] = 0.5 * (shrinkage - squares) - signal * turned
-    curvature[m, m] = 0.5 * (
-        float(squares.sum()) - free - noise_energy + 2 * float(signal @ turned)
-    )
+    # A change of all precisions and the noise by one factor scales the posterior, so that this
+    # row follows from the sums of the others.
+    curvature[m, :m] = curvature[:m, m] = 0.5 * shrinkage - of_all
+    curvature[m, m] = float(np.add.reduce(of_all)) - 0.5 * (free + noise_energy)
     return gradient, curvature

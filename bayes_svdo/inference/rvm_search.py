@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -31,6 +32,9 @@ from bayes_svdo.inference.rvm_evidence import (
     maximise_evidence,
     weight_posterior,
 )
+
+Numbers: TypeAlias = Any
+"""A tensor, or on the CPU an array: what is done here is short, and a call costs a third."""
 
 # While there are few basis functions the best estimate of the noise is that all is noise, and under
 # it none may be worth adding. So the first rounds hold on to the noise they began with.
@@ -56,7 +60,7 @@ def least_part(design: DesignMatrix) -> float:
 
 
 def best_candidate(
-    s: Tensor, q: Tensor, *, least: Tensor | float, barred: list[int]
+    s: Numbers, q: Numbers, *, least: Numbers, barred: list[int]
 ) -> tuple[int, float]:
     """Candidate whose entry raises the log evidence most, and by how many nats.
 
@@ -65,14 +69,17 @@ def best_candidate(
     Args:
         s: ``(num_basis,)`` sparsity factors of basis functions not in use.
         q: ``(num_basis,)`` quality factors.
-        least: Candidates with a smaller ``s`` are left out.
+        least: Candidates with a smaller ``s`` are left out; a number, or one for each.
         barred: Indices that may not enter.
     """
-    ratio = q.square() / s
-    gain = torch.where((ratio > 1) & (s > least), 0.5 * (ratio - 1 - ratio.log()), 0.0)
-    gain.index_fill_(0, torch.tensor(barred, dtype=torch.long, device=gain.device), 0.0)
-    value, index = gain.max(0)
-    return int(index), float(value)
+    with np.errstate(all="ignore"):
+        ratio = q * q / s
+    ratio[~(s > least)] = 0.0
+    ratio[barred] = 0.0
+    # The gain rises with the ratio, so it is needed at the largest only.
+    index = int(ratio.argmax())
+    best = float(ratio[index])
+    return index, 0.5 * (best - 1 - math.log(best)) if best > 1 else 0.0
 
 
 class ActiveSet:
@@ -92,19 +99,23 @@ class ActiveSet:
         self.indices: list[int] = []
         self._barred: list[int] = []
         self._slots: dict[int, int] = {}
-        self._products = self.moment.new_empty(32, design.num_basis)
+        # Row 0: with the targets. Row slot: with the basis function that has this slot.
+        self._products = _light(self.moment.new_empty(32, design.num_basis))
+        self._products[0] = _light(self.moment)
         self._least_part = least_part(design)
 
     def moments(self) -> Moments:
         """Of the basis functions in use, on the host."""
-        where = self._tensor(self.indices)
-        gram: Array = self._rows(self.indices).index_select(1, where).cpu().numpy()
+        products = self._with_moment(self.indices)
+        found = products[:, self.indices]
+        host: Array = found.cpu().numpy() if isinstance(found, Tensor) else found
+        moment, gram = host[0], host[1:]
         # In float32 the two halves of a computed Gram matrix differ in their last digits.
         gram = 0.5 * (gram + gram.T)
         np.fill_diagonal(gram, 1.0)
         return Moments(
             gram=gram,
-            moment=self.moment.index_select(0, where).cpu().numpy(),
+            moment=moment,
             energy=self.energy,
             num_data=self.num_data,
             rounding=torch.finfo(self.design.norm.dtype).eps,
@@ -123,9 +134,12 @@ class ActiveSet:
     def add_all(self) -> None:
         """Take every basis function into use that is not constant."""
         self.indices = (~self.design.is_null).nonzero().squeeze(1).tolist()
-        self._slots = {index: slot for slot, index in enumerate(self.indices)}
-        rows = self.design.rows(self._tensor(self.indices))
-        self._products = self.design.project(rows.T).T.to(self.moment.dtype)
+        self._slots = {index: slot for slot, index in enumerate(self.indices, 1)}
+        rows = self.design.rows(
+            torch.tensor(self.indices, dtype=torch.long, device=self.moment.device)
+        )
+        products = self.design.project(rows.T).T.to(self.moment.dtype)
+        self._products = _light(torch.cat([self.moment.unsqueeze(0), products]))
 
     def add_best(self, posterior: WeightPosterior, most: int, tol: float) -> list[float]:
         """Add up to ``most`` basis functions, each the one that raises the evidence most.
@@ -134,12 +148,18 @@ class ActiveSet:
             Their optimal log precisions; empty when none raises the evidence by ``tol``.
         """
         beta = math.exp(posterior.log_beta)
-        rows = self._rows(self.indices)
-        whitener = torch.from_numpy(beta * posterior.whitener).to(rows.device)
-        mean = torch.from_numpy(posterior.mean).to(rows.device)
-        spanned = whitener @ rows
-        s = beta - spanned.square().sum(0)
-        q = beta * (self.moment - mean @ rows)
+        # One product for what S and Q need: the whitened rows, and the moment that is left.
+        size = len(self.indices)
+        combine: Numbers = np.zeros((size + 1, size + 1))
+        combine[:size, 1:] = beta * posterior.whitener
+        combine[size, 0] = beta
+        combine[size, 1:] = -beta * posterior.mean
+        products = self._with_moment(self.indices)
+        if isinstance(products, Tensor):
+            combine = torch.from_numpy(combine).to(products.device)
+        combined = combine @ products
+        spanned, q = combined[:size], combined[size]
+        s = beta - (spanned * spanned).sum(0)
         least = self._least_part * beta
         log_alphas: list[float] = []
         while len(log_alphas) < most:
@@ -157,27 +177,37 @@ class ActiveSet:
             # One more row of the Cholesky factor, and what it takes from every candidate.
             row = beta * self._rows([best])[0] - spanned[:, best] @ spanned
             row /= math.sqrt(alpha + s_best)
-            spanned = torch.cat([spanned, row.unsqueeze(0)])
+            spanned = _stacked([spanned, row[None]])
             q -= row * (q_best / math.sqrt(alpha + s_best))
-            s -= row.square()
+            s -= row * row
         return log_alphas
 
-    def _tensor(self, indices: list[int]) -> Tensor:
-        return torch.tensor(indices, dtype=torch.long, device=self.moment.device)
-
-    def _rows(self, indices: list[int]) -> Tensor:  # -> (len(indices), num_basis)
+    def _rows(self, indices: list[int]) -> Numbers:  # -> (len(indices), num_basis)
         """Inner products of ``indices`` with all basis functions, kept once computed."""
+        return self._with_moment(indices)[1:]
+
+    def _with_moment(self, indices: list[int]) -> Numbers:  # -> (1 + len(indices), num_basis)
+        """The moment of all basis functions, then their inner products with ``indices``."""
         for index in indices:
             if index not in self._slots:
                 self._compute(index)
-        return self._products.index_select(0, self._tensor([self._slots[i] for i in indices]))
+        return self._products[[0, *(self._slots[i] for i in indices)]]
 
     def _compute(self, index: int) -> None:
-        slot = len(self._slots)
+        slot = 1 + len(self._slots)
         if slot == len(self._products):
-            self._products = torch.cat([self._products, torch.empty_like(self._products)])
-        self._products[slot] = self.design.project(self.design.rows(self._tensor([index])).T)[:, 0]
+            self._products = _stacked([self._products, self._products])  # room for as many
+        row = self.design.rows(torch.tensor([index], device=self.moment.device))
+        self._products[slot] = _light(self.design.project(row.T)[:, 0])
         self._slots[index] = slot
+
+
+def _light(values: Tensor) -> Numbers:
+    return values.numpy() if values.device.type == "cpu" else values
+
+
+def _stacked(parts: list[Numbers]) -> Numbers:
+    return torch.cat(parts) if isinstance(parts[0], Tensor) else np.concatenate(parts)
 
 
 def search(

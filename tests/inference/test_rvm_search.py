@@ -79,7 +79,7 @@ def test_those_added_together_enter_at_their_best_precision_given_those_before()
 def test_gain_is_the_rise_in_evidence():
     active = active_set()
     posterior = grown(active, 3)
-    rows = active._rows(active.indices)
+    rows = torch.as_tensor(active._rows(active.indices))
     beta = math.exp(posterior.log_beta)
     spanned = torch.from_numpy(beta * posterior.whitener) @ rows
     s = beta - spanned.square().sum(0)
@@ -161,3 +161,16 @@ def test_aligned_candidates_do_not_enter_together():
     active = ActiveSet(design, y / y.std(correction=0), 49)
     search(active, LEARNED, OPTIMISTIC, tol=1e-3, max_iter=100)
     assert sorted(i % 4 for i in active.indices) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("d", "kernel"), [(1, "rbf"), (40, "linear")])
+def test_tensors_and_arrays_take_the_same_path(d, kernel, monkeypatch):
+    """Arrays on the CPU, tensors on any other device: here tensors on the CPU stand for those."""
+    arrays = active_set(n=300, d=d, kernel=kernel)
+    _, trace, _ = search(arrays, LEARNED, OPTIMISTIC, tol=1e-3, max_iter=500)
+    monkeypatch.setattr(rvm_search, "_light", lambda values: values)
+    tensors = active_set(n=300, d=d, kernel=kernel)
+    _, same, _ = search(tensors, LEARNED, OPTIMISTIC, tol=1e-3, max_iter=500)
+    assert isinstance(tensors._products, torch.Tensor)
+    assert tensors.indices == arrays.indices
+    np.testing.assert_allclose(same, trace, rtol=1e-9)
