@@ -373,7 +373,8 @@ def _fall_back(
     if moves.gain is None:
         moves = find_moves(problems, state, search=True)
     values = proposal.gather(-1, state.active)
-    part = torch.lerp(state.active_log_alpha, values, 0.25).where(values < torch.inf, torch.inf)
+    stays = state.filled & (values < torch.inf)  # an unused slot may hold one that would enter
+    part = torch.lerp(state.active_log_alpha, values, 0.25).where(stays, torch.inf)
     shorter = state.log_alpha.scatter(-1, state.active, part)
     joint = state.log_alpha.scatter(-1, state.active, moves.joint)
     one = single_move(state, moves)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 import mpmath
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -14,6 +15,7 @@ from pyro.infer import SVI, TraceMeanField_ELBO
 from pyro.optim import ClippedAdam
 from scipy import stats
 from sklearn.datasets import load_diabetes
+from sklearn.preprocessing import PolynomialFeatures
 from torch import Tensor
 
 from bayes_svdo.distributions import AdditiveNoiseNormal, LogUniform
@@ -783,3 +785,16 @@ def test_svi_through_pyro_finds_the_same_optimum() -> None:
     assert abs(float(found["log_beta"] - exact.beta.log())) < 0.05
     assert (log_alpha[~exact.kept] > 1).all()
     pyro.clear_param_store()
+
+
+def test_a_step_that_is_cut_short_leaves_no_trace_of_those_that_would_enter() -> None:
+    """All products of two features of diabetes: many correlated, so that steps are refused."""
+    features, target = load_diabetes(return_X_y=True, scaled=False)
+    for seed in range(6):
+        rows = np.random.default_rng(seed).permutation(len(target))[:300]
+        x = (features[rows] - features[rows].mean(0)) / features[rows].std(0)
+        x = PolynomialFeatures(2, include_bias=False).fit_transform(x)
+        fit = fit_vdard_regression(torch.from_numpy(x), torch.from_numpy(target[rows]))
+        assert not fit.log_alpha.isnan().any()
+        assert fit.elbo == fit.start_elbo.max()
+        assert float(fit.elbo) == pytest.approx(float(fit.elbo_trace[-1]), abs=1e-6)
