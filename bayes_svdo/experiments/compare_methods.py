@@ -46,7 +46,9 @@ _DIGITS_VDARD = {
 VDARD_SETTINGS: dict[str, dict[str, Any]] = {
     DIGITS: _DIGITS_VDARD,
     NOISY_DIGITS: _DIGITS_VDARD,
-    MNIST: _DIGITS_VDARD | {"max_iter": 9000},
+    # Pixels at the rim are almost constant: standardised, they would rule what is far from typical.
+    # Tried on 10,000 images held out of the training set.
+    MNIST: _DIGITS_VDARD | {"lr": 0.002, "max_iter": 9000, "standardize": False},
 }
 # Points of the grid of C, and folds; on MNIST one part held out is large enough to choose by.
 L1_SETTINGS: dict[str, dict[str, Any]] = {
