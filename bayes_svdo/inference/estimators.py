@@ -12,17 +12,20 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.base import RegressorMixin
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.preprocessing import LabelEncoder
-from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, check_random_state, validate_data
+from sklearn.utils.validation import check_is_fitted, check_random_state
 from torch import Tensor
 
 from bayes_svdo.distributions import LogUniform
-from bayes_svdo.inference.arguments import choose_device
 from bayes_svdo.inference.elbo import TraceAnalyticKL_ELBO
+from bayes_svdo.inference.estimator_bases import (
+    Array,
+    TorchClassifier,
+    TorchEstimator,
+    as_array,
+    as_probabilities,
+)
 from bayes_svdo.inference.exact_regression import fit_vdard_regression
 from bayes_svdo.inference.guide import AdditiveNoiseGuide
 from bayes_svdo.inference.l1 import fit_l1_logistic
@@ -33,61 +36,8 @@ from bayes_svdo.inference.relevance_vector_machine import (
 from bayes_svdo.inference.svi import fit
 from bayes_svdo.models import BayesianNetwork, Bernoulli, Categorical, logistic_regression
 
-Array = NDArray[Any]
 
-
-class _TorchEstimator(BaseEstimator):  # type: ignore[misc]
-    """Arrays in, tensors on a device, arrays out."""
-
-    device: str
-
-    def _inputs(self, X: Any, **kwargs: Any) -> Array:
-        """``X`` checked as scikit-learn does, float64; a tensor of any device is taken."""
-        checked: Array = validate_data(self, _array(X), dtype=np.float64, **kwargs)
-        return checked
-
-    def _training_data(self, X: Any, y: Any, **kwargs: Any) -> tuple[Array, Array]:
-        checked = validate_data(self, _array(X), _array(y), dtype=np.float64, **kwargs)
-        return checked[0], checked[1]
-
-    def _tensor(self, values: Array) -> Tensor:
-        # A copy where the array is read-only, as those of joblib's workers are.
-        tensor = torch.as_tensor(np.require(values, requirements=("C", "W")))
-        return tensor.to(choose_device(self.device))
-
-    def _new_inputs(self, X: Any) -> Tensor:
-        check_is_fitted(self)
-        return self._tensor(self._inputs(X, reset=False))
-
-
-class _Classifier(ClassifierMixin, _TorchEstimator):  # type: ignore[misc]
-    """Labels of any kind in, class indices inside."""
-
-    classes_: Array
-
-    def _labelled_data(self, X: Any, y: Any) -> tuple[Tensor, Tensor]:
-        inputs, labels = self._training_data(X, y)
-        check_classification_targets(labels)
-        encoder = LabelEncoder().fit(labels)
-        self.classes_ = encoder.classes_
-        if len(self.classes_) < 2:
-            raise ValueError(
-                f"y holds one class only, {self.classes_[0]!r}; a classifier needs two or more."
-            )
-        return self._tensor(inputs), self._tensor(encoder.transform(labels).astype(np.int64))
-
-    def predict_proba(self, X: Any) -> Array:
-        """Probability of each class, shape ``(n_samples, n_classes)``, in order of ``classes_``."""
-        raise NotImplementedError
-
-    def predict(self, X: Any) -> Array:
-        """The most probable label, shape ``(n_samples,)``."""
-        check_is_fitted(self)
-        chosen: Array = self.classes_[self.predict_proba(X).argmax(1)]
-        return chosen
-
-
-class VDARDRegressor(RegressorMixin, _TorchEstimator):  # type: ignore[misc]
+class VDARDRegressor(RegressorMixin, TorchEstimator):  # type: ignore[misc]
     """Exact linear regression under the log-uniform prior (VD-ARD).
 
     See :func:`~bayes_svdo.inference.exact_regression.fit_vdard_regression`.
@@ -160,11 +110,11 @@ class VDARDRegressor(RegressorMixin, _TorchEstimator):  # type: ignore[misc]
                 ConvergenceWarning,
                 stacklevel=2,
             )
-        self.coef_, self.intercept_ = _array(found.loc), float(found.intercept)
-        self.sigma_, self.log_alpha_ = _array(found.sigma2.sqrt()), _array(found.log_alpha)
-        self.relevance_, self.alpha_ = _array(found.relevance), float(found.beta)
-        self.scores_, self.n_iter_ = _array(found.elbo_trace), int(found.n_iter)
-        self._x_mean, self._num_data = _array(found.x_mean), found.num_data
+        self.coef_, self.intercept_ = as_array(found.loc), float(found.intercept)
+        self.sigma_, self.log_alpha_ = as_array(found.sigma2.sqrt()), as_array(found.log_alpha)
+        self.relevance_, self.alpha_ = as_array(found.relevance), float(found.beta)
+        self.scores_, self.n_iter_ = as_array(found.elbo_trace), int(found.n_iter)
+        self._x_mean, self._num_data = as_array(found.x_mean), found.num_data
         return self
 
     def _fit_constant(self, inputs: Array, targets: Array) -> Self:
@@ -192,7 +142,7 @@ class VDARDRegressor(RegressorMixin, _TorchEstimator):  # type: ignore[misc]
         return mean, np.sqrt((inputs - self._x_mean) ** 2 @ self.sigma_**2 + noise)
 
 
-class VDARDClassifier(_Classifier):
+class VDARDClassifier(TorchClassifier):
     """Logistic regression under the log-uniform prior, fitted by SVI (the poster's DSVI).
 
     Args:
@@ -254,9 +204,9 @@ class VDARDClassifier(_Classifier):
         _, log_sigma2 = posterior.guide.parameters_of("linear.weight")
         coef = weight.double() / scale
         bias = posterior.model.net.linear.bias.detach().double()
-        self.coef_, self.intercept_ = _array(coef), _array(bias - coef @ mean)
-        self.sigma_ = _array((0.5 * log_sigma2).exp().double() / scale)
-        self.log_alpha_ = _array(log_alpha.double())
+        self.coef_, self.intercept_ = as_array(coef), as_array(bias - coef @ mean)
+        self.sigma_ = as_array((0.5 * log_sigma2).exp().double() / scale)
+        self.log_alpha_ = as_array(log_alpha.double())
         self.scores_ = -np.asarray(posterior.history.column("objective"))
         self.n_iter_ = int(posterior.history[-1]["step"])
         return self
@@ -301,10 +251,10 @@ class VDARDClassifier(_Classifier):
 
     def predict_proba(self, X: Any) -> Array:
         """Probability of each class under the pruned mean weights."""
-        return _probabilities(self.decision_function(X))
+        return as_probabilities(self.decision_function(X))
 
 
-class L1LogisticRegression(_Classifier):
+class L1LogisticRegression(TorchClassifier):
     """L1-penalised logistic regression, multinomial for more than two classes.
 
     Minimises ``C * sum(log loss) + sum(|coef_|)``, scikit-learn's objective; intercepts are not
@@ -346,7 +296,7 @@ class L1LogisticRegression(_Classifier):
             tol=self.tol,
             max_iter=self.max_iter,
         )
-        self.coef_, self.intercept_ = _array(found.coef), _array(found.intercept)
+        self.coef_, self.intercept_ = as_array(found.coef), as_array(found.intercept)
         self.objective_, self.dual_gap_ = found.objective, found.duality_gap
         self.n_iter_ = found.n_iter
         return self
@@ -359,10 +309,10 @@ class L1LogisticRegression(_Classifier):
 
     def predict_proba(self, X: Any) -> Array:
         """Probability of each class."""
-        return _probabilities(self.decision_function(X))
+        return as_probabilities(self.decision_function(X))
 
 
-class RVMRegressor(RegressorMixin, _TorchEstimator):  # type: ignore[misc]
+class RVMRegressor(RegressorMixin, TorchEstimator):  # type: ignore[misc]
     """Relevance vector regression (Tipping 2001).
 
     See :func:`~bayes_svdo.inference.relevance_vector_machine.fit_rvm_regression`.
@@ -428,22 +378,22 @@ class RVMRegressor(RegressorMixin, _TorchEstimator):  # type: ignore[misc]
             max_iter=self.max_iter,
         )
         self._machine = machine
-        self.relevance_, self.dual_coef_ = _array(machine.relevance), _array(machine.weights)
-        self.sigma_, self.lambda_ = _array(machine.covariance), _array(machine.alpha)
+        self.relevance_, self.dual_coef_ = as_array(machine.relevance), as_array(machine.weights)
+        self.sigma_, self.lambda_ = as_array(machine.covariance), as_array(machine.alpha)
         self.alpha_, self.intercept_ = machine.beta, float(machine.intercept)
-        self.scores_, self.n_iter_ = _array(machine.log_evidence), machine.n_iter
+        self.scores_, self.n_iter_ = as_array(machine.log_evidence), machine.n_iter
         if self.kernel == "linear":
-            self.coef_ = _array(machine.coefficients)
+            self.coef_ = as_array(machine.coefficients)
         return self
 
     def predict(self, X: Any, return_std: bool = False) -> Array | tuple[Array, Array]:
         """Predictive mean, shape ``(n_samples,)``, and standard deviation if asked for."""
         inputs = self._new_inputs(X)
-        mean, std = map(_array, self._machine.predict(inputs, return_std=True))
+        mean, std = map(as_array, self._machine.predict(inputs, return_std=True))
         return (mean, std) if return_std else mean
 
 
-class RVMClassifier(_Classifier):
+class RVMClassifier(TorchClassifier):
     """Relevance vector classification, one set of weights per class (Tipping 2001).
 
     See :func:`~bayes_svdo.inference.relevance_vector_machine.fit_rvm_classification`.
@@ -500,10 +450,10 @@ class RVMClassifier(_Classifier):
             max_iter=self.max_iter,
         )
         self._machine = machine
-        self.relevance_, self.n_iter_ = _array(machine.relevance), machine.n_iter
+        self.relevance_, self.n_iter_ = as_array(machine.relevance), machine.n_iter
         self.intercept_ = np.asarray([float(m.intercept) for m in machine.machines])
         if self.kernel == "linear":
-            self.coef_ = np.stack([_array(m.coefficients) for m in machine.machines])
+            self.coef_ = np.stack([as_array(m.coefficients) for m in machine.machines])
         return self
 
     def decision_function(self, X: Any) -> Array:
@@ -512,25 +462,9 @@ class RVMClassifier(_Classifier):
         They are shrunk for the uncertainty of the weights.
         """
         inputs = self._new_inputs(X)
-        return _array(self._machine.decision_function(inputs))  # type: ignore[no-any-return]
+        return as_array(self._machine.decision_function(inputs))  # type: ignore[no-any-return]
 
     def predict_proba(self, X: Any) -> Array:
         """Probability of each class, averaged over the uncertainty of the weights."""
         inputs = self._new_inputs(X)
-        return _array(self._machine.predict_proba(inputs))  # type: ignore[no-any-return]
-
-
-def _array(values: Any) -> Any:
-    """A tensor of any device as an array; anything else as it is."""
-    if not isinstance(values, Tensor):
-        return values
-    values = values.detach().cpu()
-    # NumPy has no bfloat16.
-    return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
-
-
-def _probabilities(logits: Array) -> Array:
-    tensor = torch.as_tensor(logits)
-    if tensor.dim() == 1:
-        tensor = torch.stack([torch.zeros_like(tensor), tensor], 1)
-    return _array(tensor.softmax(1))  # type: ignore[no-any-return]
+        return as_array(self._machine.predict_proba(inputs))  # type: ignore[no-any-return]
