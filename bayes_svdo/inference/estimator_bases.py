@@ -69,6 +69,23 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):  # type: ignore[misc]
         return chosen
 
 
+class LinearClassifier(TorchClassifier):
+    """Logits that are linear in the features, with one set of weights."""
+
+    coef_: Array
+    intercept_: Array
+
+    def decision_function(self, X: Any) -> Array:
+        """Logits: of ``classes_[1]``, shape ``(n_samples,)``, or of each class."""
+        check_is_fitted(self)
+        logits: Array = self._inputs(X, reset=False) @ self.coef_.T + self.intercept_
+        return logits[:, 0] if len(self.classes_) == 2 else logits
+
+    def predict_proba(self, X: Any) -> Array:
+        """Probability of each class under these weights."""
+        return as_probabilities(self.decision_function(X))
+
+
 def as_array(values: Any) -> Any:
     """A tensor of any device as an array; anything else as it is."""
     if not isinstance(values, Tensor):

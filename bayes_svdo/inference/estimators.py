@@ -21,10 +21,10 @@ from bayes_svdo.distributions import LogUniform
 from bayes_svdo.inference.elbo import TraceAnalyticKL_ELBO
 from bayes_svdo.inference.estimator_bases import (
     Array,
+    LinearClassifier,
     TorchClassifier,
     TorchEstimator,
     as_array,
-    as_probabilities,
 )
 from bayes_svdo.inference.exact_regression import fit_vdard_regression
 from bayes_svdo.inference.guide import AdditiveNoiseGuide
@@ -142,7 +142,7 @@ class VDARDRegressor(RegressorMixin, TorchEstimator):  # type: ignore[misc]
         return mean, np.sqrt((inputs - self._x_mean) ** 2 @ self.sigma_**2 + noise)
 
 
-class VDARDClassifier(TorchClassifier):
+class VDARDClassifier(LinearClassifier):
     """Logistic regression under the log-uniform prior, fitted by SVI (the poster's DSVI).
 
     Args:
@@ -243,18 +243,8 @@ class VDARDClassifier(TorchClassifier):
             raise KeyboardInterrupt
         return posterior
 
-    def decision_function(self, X: Any) -> Array:
-        """Logits: of ``classes_[1]``, shape ``(n_samples,)``, or of each class."""
-        check_is_fitted(self)
-        logits: Array = self._inputs(X, reset=False) @ self.coef_.T + self.intercept_
-        return logits[:, 0] if len(self.classes_) == 2 else logits
 
-    def predict_proba(self, X: Any) -> Array:
-        """Probability of each class under the pruned mean weights."""
-        return as_probabilities(self.decision_function(X))
-
-
-class L1LogisticRegression(TorchClassifier):
+class L1LogisticRegression(LinearClassifier):
     """L1-penalised logistic regression, multinomial for more than two classes.
 
     Minimises ``C * sum(log loss) + sum(|coef_|)``, scikit-learn's objective; intercepts are not
@@ -300,16 +290,6 @@ class L1LogisticRegression(TorchClassifier):
         self.objective_, self.dual_gap_ = found.objective, found.duality_gap
         self.n_iter_ = found.n_iter
         return self
-
-    def decision_function(self, X: Any) -> Array:
-        """Logits: of ``classes_[1]``, shape ``(n_samples,)``, or of each class."""
-        check_is_fitted(self)
-        logits: Array = self._inputs(X, reset=False) @ self.coef_.T + self.intercept_
-        return logits[:, 0] if len(self.classes_) == 2 else logits
-
-    def predict_proba(self, X: Any) -> Array:
-        """Probability of each class."""
-        return as_probabilities(self.decision_function(X))
 
 
 class RVMRegressor(RegressorMixin, TorchEstimator):  # type: ignore[misc]
