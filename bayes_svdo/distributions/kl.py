@@ -210,9 +210,9 @@ class _SigmoidKL(torch.autograd.Function):
     @staticmethod
     def forward(log_alpha: Tensor, k1: float, k2: float, k3: float) -> tuple[Tensor, Tensor]:
         minus_log_alpha = -log_alpha
-        step = (log_alpha * -k3).sub_(k2).sigmoid_()
+        step = (log_alpha * -k3).sub_(k2).sigmoid()
         kl = softplus(minus_log_alpha).mul_(0.5).add_(step, alpha=k1)
-        slope = minus_log_alpha.sigmoid_().mul_(-0.5).sub_(step, alpha=k1 * k3)
+        slope = minus_log_alpha.sigmoid().mul_(-0.5).sub_(step, alpha=k1 * k3)
         slope.add_(step.mul_(step), alpha=k1 * k3)
         return kl, slope
 

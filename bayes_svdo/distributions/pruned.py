@@ -23,28 +23,28 @@ PRUNED_LOG_SIGMA2 = -60.0
 
 
 class Block(NamedTuple):
-    """The rows and columns of a matrix that hold a weight which is kept.
+    """Rows and columns of a matrix, outside of which no weight is kept.
 
     Attributes:
         rows: Indices of rows, shape ``(R,)``.
         columns: Indices of columns, shape ``(C,)``.
-        keep: Which weights of the block are kept, shape ``(R, C)``.
     """
 
     rows: Tensor
     columns: Tensor
-    keep: Tensor
 
     @staticmethod
     def of(keep: Tensor) -> Block:
-        """The block of a boolean mask of shape ``(out, in)``."""
-        rows, columns = keep.any(1).nonzero().flatten(), keep.any(0).nonzero().flatten()
-        return Block(rows, columns, keep[rows][:, columns])
+        """The smallest block of a boolean mask of shape ``(out, in)``."""
+        return Block(keep.any(1).nonzero().flatten(), keep.any(0).nonzero().flatten())
 
-    def gather(self, values: Tensor, pruned: float) -> Tensor:
-        """The block of a matrix, ``pruned`` where a weight of it is not kept."""
-        inside = values.index_select(0, self.rows).index_select(1, self.columns)
-        return inside.where(self.keep, pruned)
+    def numel(self) -> int:
+        """Number of its entries."""
+        return len(self.rows) * len(self.columns)
+
+    def gather(self, values: Tensor) -> Tensor:
+        """The block of a matrix."""
+        return values.index_select(0, self.rows).index_select(1, self.columns)
 
     def scatter(self, values: Tensor, shape: torch.Size, pruned: float) -> Tensor:
         """The matrix of a block, ``pruned`` outside of it."""
@@ -58,16 +58,22 @@ class PrunedAdditiveNoiseNormal(AdditiveNoiseNormal):
     Args:
         loc: Means, shape ``(out, in)``; those of pruned weights are not used.
         log_sigma2: Log variances of the same shape; likewise.
-        block: Where the weights that are kept lie.
+        keep: Which weights are kept, of the same shape.
+        block: Where those lie.
         validate_args: Check that the kept ones are real.
     """
 
     def __init__(
-        self, loc: Tensor, log_sigma2: Tensor, block: Block, validate_args: bool | None = None
+        self,
+        loc: Tensor,
+        log_sigma2: Tensor,
+        keep: Tensor,
+        block: Block,
+        validate_args: bool | None = None,
     ) -> None:
-        self.block = block
-        self.block_loc = block.gather(loc, 0.0)
-        self.block_log_sigma2 = block.gather(log_sigma2, PRUNED_LOG_SIGMA2)
+        self.block, self.block_keep = block, block.gather(keep)
+        self.block_loc = block.gather(loc).where(self.block_keep, 0.0)
+        self.block_log_sigma2 = block.gather(log_sigma2).where(self.block_keep, PRUNED_LOG_SIGMA2)
         super(torch.distributions.Normal, self).__init__(loc.shape, validate_args=validate_args)
 
     def like(self) -> Tensor:  # (out, in)
@@ -98,7 +104,7 @@ class PrunedAdditiveNoiseNormal(AdditiveNoiseNormal):
 def _kl_pruned(q: PrunedAdditiveNoiseNormal, p: ScaleFreePrior) -> Tensor:
     if p.batch_shape not in (torch.Size(), q.batch_shape):
         return kl_to_prior(q.log_alpha, p)
-    kl = p.kl_from(log_alpha(q.block_loc, q.block_log_sigma2)).where(q.block.keep, 0.0)
+    kl = p.kl_from(log_alpha(q.block_loc, q.block_log_sigma2)).where(q.block_keep, 0.0)
     return q.block.scatter(kl, q.batch_shape, 0.0)
 
 

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 import bayes_svdo
 from bayes_svdo.inference.elbo import TraceAnalyticKL_ELBO
@@ -73,9 +73,7 @@ def compile_objective(
     return compiled
 
 
-def wants_compilation(
-    choice: object, *, device: torch.device, precision: str, steps: int, pruning: bool
-) -> bool:
+def wants_compilation(choice: object, *, device: torch.device, precision: str, steps: int) -> bool:
     """Whether ``fit(compile=choice)`` compiles a run.
 
     Raises:
@@ -96,7 +94,7 @@ def wants_compilation(
         if hindrance:
             raise ValueError(f"compile=True is not possible: {hindrance}.\n  Try compile=False.")
         return True
-    return hindrance is None and steps >= _WORTH_COMPILING and not pruning
+    return hindrance is None and steps >= _WORTH_COMPILING
 
 
 def _has_compiler() -> bool:
@@ -121,9 +119,10 @@ class CompiledObjective(nn.Module):
     """An :class:`Objective` that is traced and compiled, once for every signature of its inputs.
 
     The signature is the shapes, dtypes and devices of a batch, its values that are no tensors, the
-    modules' training mode, and which weights are zeroed for good: a last, smaller batch costs one
-    more compilation. From the ninth signature on, new ones are evaluated as they are, with a
-    warning. Without gradients (``torch.no_grad()``) nothing is compiled.
+    modules' training mode: a last, smaller batch costs one more compilation. From the ninth
+    signature on, new ones are evaluated as they are, with a warning. When half of what is left of
+    the weights has been zeroed for good, rows and columns that are dead leave the graphs, which are
+    compiled anew. Without gradients (``torch.no_grad()``) nothing is compiled.
 
     Args:
         objective: The objective.
@@ -138,6 +137,9 @@ class CompiledObjective(nn.Module):
         self.backend = backend
         self._graphs: dict[Any, _Graph] = {}
         self._refused = False
+        self._layout = objective.guide.layout
+        model = objective.model  # a guide has no modes
+        self._modes = list(model.modules()) if isinstance(model, nn.Module) else []
 
     def forward(self, kl_weight: Tensor, *batch: Any) -> ObjectiveValue:
         """One estimate on a batch, as by :class:`Objective`."""
@@ -155,6 +157,10 @@ class CompiledObjective(nn.Module):
         Raises:
             UntraceableError: As :func:`compile_objective`.
         """
+        layout = self.objective.guide.layout
+        if layout != self._layout:  # it does not come back
+            self._graphs.clear()
+            self._layout = layout
         key = self._signature(batch)
         graph = self._graphs.get(key)
         if graph is None and len(self._graphs) < _MOST_SIGNATURES:
@@ -181,8 +187,7 @@ class CompiledObjective(nn.Module):
                 for leaf in leaves
             ),
             str(spec),
-            tuple(module.training for module in self.objective.modules()),
-            self.objective.guide.num_prunings,
+            tuple([module.training for module in self._modes]),
             autocast,
         )
 
@@ -214,15 +219,21 @@ class CompiledObjective(nn.Module):
             with local_parameters(), pyro_checks(structure=True):
                 self._learn_reuse(kl_weight, batch, fixed)
             with local_parameters(), pyro_checks(structure=False), _without_onednn():
-                graph = make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+                trace = make_fx(
+                    run,
+                    decomposition_table=_DECOMPOSITIONS,
+                    tracing_mode="fake",
+                    _allow_non_fake_inputs=True,
+                )
+                graph = trace(*inputs)
         except Exception as error:
             raise UntraceableError(
                 f"the objective cannot be traced into one graph: {_reason(error)}\n"
                 "  Try compile=False, or a model whose control flow does not depend on the values "
                 "of data or weights."
             ) from error
-        run_graph = torch.compile(graph, backend=self.backend, dynamic=False)
-        return _Graph(run_graph, list(trained.values()), list(fixed.values()))
+        compiled = _compiled(graph, inputs, self.backend)
+        return _Graph(compiled, list(trained.values()), list(fixed.values()))
 
     @torch.no_grad()
     def _learn_reuse(
@@ -248,17 +259,77 @@ class _Evaluate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, graph: _Graph, kl_weight: Tensor, leaves: Any, *trained: Tensor) -> Any:
-        loss, terms, score, *gradients = graph.run(
+        loss, terms, score, *ctx.gradients = graph.run(
             graph.trained, graph.fixed, kl_weight, _tensors(leaves)
         )
-        ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(terms, score)
         return loss, terms, score
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
-        return None, None, None, *torch._foreach_mul(ctx.saved_tensors, grad_loss)
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "the gradient of a compiled objective can be had once.\n"
+                "  Try evaluating the objective again."
+            )
+        # Kept by nobody else, they become the parameters' gradients without a copy.
+        gradients, ctx.gradients = ctx.gradients, None
+        if grad_loss.device.type == "cpu":
+            torch._foreach_mul_(gradients, grad_loss)
+            return None, None, None, *gradients
+        # The graph writes its next results to the same memory.
+        return None, None, None, *torch._foreach_mul(gradients, grad_loss)
+
+
+def _sigmoid(x: Tensor) -> Tensor:
+    small = (-x.abs()).exp()
+    return torch.where(x >= 0, 1.0, small) / (1 + small)
+
+
+def _softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
+    """``log(1 + exp(beta x)) / beta``, exact to rounding for any threshold."""
+    x = x if beta == 1 else beta * x
+    small = (-x.abs()).exp()
+    if x.dtype == torch.float64:
+        value = small.log1p()
+    else:  # by the series of 2 artanh(ratio), in a third of the time; the next term is 1.4e-8
+        ratio = small / (2 + small)
+        square = ratio * ratio
+        series = torch.full_like(square, 1 / 13)
+        for power in (11, 9, 7, 5, 3, 1):
+            series = series * square + 1 / power
+        value = 2 * ratio * series
+    value = x.clamp_min(0) + value
+    return value if beta == 1 else value / beta
+
+
+# Both begin with one exponential, which a graph that has both computes once.
+_DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.sigmoid.default: _sigmoid,
+    torch.ops.aten.softplus.default: _softplus,
+}
+
+
+def _compiled(
+    graph: torch.fx.GraphModule, inputs: list[Any], backend: str | Callable[..., Any]
+) -> Callable[..., Any]:
+    """The graph as machine code."""
+    if backend == "inductor" and inputs[2].device.type == "cpu":
+        # There is nothing left that torch.compile's guards, which cost as much as a small layer,
+        # could guard against. Inductor's own random numbers cost ten times torch's.
+        with torch.no_grad():
+            detached = tree_map(Tensor.detach, inputs)
+            run: Callable[..., Any] = torch._inductor.compile(
+                graph, detached, options={"fallback_random": True}
+            )
+        return run
+    options: dict[str, Any] | None = None
+    if backend == "inductor":
+        options = {"triton.cudagraphs": True}
+        for tensor in (*inputs[0], *inputs[1]):
+            torch._dynamo.mark_static_address(tensor)  # else copied for every step
+    return torch.compile(graph, backend=backend, dynamic=False, options=options)
 
 
 @contextmanager

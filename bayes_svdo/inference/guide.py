@@ -39,8 +39,8 @@ Init = Callable[[Mapping[str, Any]], Tensor] | Mapping[str, Tensor]
 
 # Paper's initialisation for weights that no network gives a value: N(0, 0.01²).
 _INIT_STD = 0.01
-# Part of a matrix below which the rows and columns that are left are picked out of it.
-_WORTH_PICKING_OUT = 0.5
+# What is left of all blocks when smaller ones are made: each change costs a compiled objective.
+_WORTH_SHRINKING = 0.5
 
 
 class AdditiveNoiseGuide(AutoGuide):
@@ -85,8 +85,8 @@ class AdditiveNoiseGuide(AutoGuide):
         self.sigma = sigma
         self._init = init
         self._has_pruned = False
-        self.num_prunings = 0
         self._blocks: dict[str, Block] = {}
+        self.layout = 0
         self.prototype_trace: Any
         self._initial = _Initial(model, init)
         super().__init__(InitMessenger(self._initial)(model), create_plates=create_plates)
@@ -225,28 +225,37 @@ class AdditiveNoiseGuide(AutoGuide):
         for name, value in values.items():
             keep = attrgetter(name)(self.keep)
             keep &= value < threshold
-        self._find_blocks()
+        if not self._has_pruned:
+            self._mask()
+        self._shrink_blocks()
 
-    @torch.no_grad()
-    def _find_blocks(self) -> None:
-        """Where so many rows and columns are dead that the rest is worth picking out."""
+    def _mask(self) -> None:
+        """Go by the masks from now on, which leave out nothing yet or are new."""
         self._has_pruned = True
-        self.num_prunings += 1
         self._blocks = {}
+        self.layout += 1
+
+    def _shrink_blocks(self) -> None:
+        """Leave out the rows and columns of matrices that are dead, where they are enough."""
+        blocks, before, after = {}, 0, 0
         for name in self.sites:
             keep = attrgetter(name)(self.keep)
             if keep.dim() == 2 and self._event_dims[name] == 2:
-                block = Block.of(keep)
-                if block.keep.numel() < _WORTH_PICKING_OUT * keep.numel():
-                    self._blocks[name] = block
+                blocks[name] = Block.of(keep)
+                after += blocks[name].numel()
+                before += self._blocks[name].numel() if name in self._blocks else keep.numel()
+        if after < _WORTH_SHRINKING * before:
+            self._blocks = blocks
+            self.layout += 1
 
     def _posterior_of(self, name: str) -> AdditiveNoiseNormal:
         # Checking that a parameter is real reads all of it, and the device waits for that.
         if name not in self._blocks:
             return AdditiveNoiseNormal(*self.parameters_of(name), validate_args=False)
         loc, log_sigma2 = attrgetter(name)(self.loc), attrgetter(name)(self.log_sigma2)
+        keep = attrgetter(name)(self.keep)
         return PrunedAdditiveNoiseNormal(
-            loc, log_sigma2.expand(loc.shape), self._blocks[name], validate_args=False
+            loc, log_sigma2.expand(loc.shape), keep, self._blocks[name], validate_args=False
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -294,9 +303,7 @@ class AdditiveNoiseGuide(AutoGuide):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._has_pruned = True  # the masks that come may have zeros
-        self.num_prunings += 1
-        self._blocks = {}
+        self._mask()  # those that come may have zeros
 
 
 class _Initial:

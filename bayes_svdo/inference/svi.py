@@ -157,7 +157,6 @@ def fit(
             device=where,
             precision=precision,
             steps=epochs * len(batches),
-            pruning=prune_while_training,
         )
         check = BatchCheck(posterior, batches, first, "train")
         check_last_batch(posterior, batches, first)

@@ -36,11 +36,12 @@ def test_the_block_leaves_out_exactly_the_dead_rows_and_columns(keep):
     assert block.columns.tolist() == keep.any(0).nonzero().flatten().tolist()
     assert not {1, 4} & set(block.rows.tolist())
     assert not {2, 7} & set(block.columns.tolist())
-    assert int(block.keep.sum()) == int(keep.sum())
+    assert int(block.gather(keep).sum()) == int(keep.sum())
+    assert block.numel() == block.gather(keep).numel()
 
 
 def test_it_is_the_masked_distribution(parameters, keep):
-    pruned = PrunedAdditiveNoiseNormal(*parameters, Block.of(keep))
+    pruned = PrunedAdditiveNoiseNormal(*parameters, keep, Block.of(keep))
     expected = masked(parameters, keep)
     assert torch.equal(pruned.loc, expected.loc)
     assert torch.equal(pruned.log_sigma2, expected.log_sigma2)
@@ -52,7 +53,7 @@ def test_it_is_the_masked_distribution(parameters, keep):
 
 @pytest.mark.parametrize("kl", ["exact", "molchanov2017"])
 def test_kl_and_its_gradient_are_those_of_the_kept_weights(parameters, keep, kl):
-    pruned = PrunedAdditiveNoiseNormal(*parameters, Block.of(keep))
+    pruned = PrunedAdditiveNoiseNormal(*parameters, keep, Block.of(keep))
     kl_pruned = kl_divergence(pruned.to_event(2), LogUniform(kl).expand((6, 9)).to_event(2))
     kept = AdditiveNoiseNormal(*(value[keep] for value in parameters))
     kl_kept = kl_divergence(kept, LogUniform(kl)).sum()
@@ -70,7 +71,7 @@ def test_linear_has_the_moments_of_the_masked_weights(parameters, keep, bias):
     x = torch.randn(1, 9, dtype=torch.float64)
     num_draws = 200_000
     with torch.no_grad():
-        weight = UndrawnSample.of(PrunedAdditiveNoiseNormal(*parameters, Block.of(keep)))
+        weight = UndrawnSample.of(PrunedAdditiveNoiseNormal(*parameters, keep, Block.of(keep)))
         output = F.linear(x.expand(num_draws, -1), weight, bias)
         q = masked(parameters, keep)
         mean = F.linear(x, q.loc, bias)[0]
@@ -82,7 +83,7 @@ def test_linear_has_the_moments_of_the_masked_weights(parameters, keep, bias):
 
 
 def test_dead_outputs_are_the_bias_and_any_leading_shape_goes(parameters, keep):
-    weight = UndrawnSample.of(PrunedAdditiveNoiseNormal(*parameters, Block.of(keep)))
+    weight = UndrawnSample.of(PrunedAdditiveNoiseNormal(*parameters, keep, Block.of(keep)))
     output = F.linear(torch.randn(2, 3, 9, dtype=torch.float64), weight, torch.ones(6).double())
     assert output.shape == (2, 3, 6)
     assert (output[..., [1, 4]] == 1).all()
@@ -90,7 +91,7 @@ def test_dead_outputs_are_the_bias_and_any_leading_shape_goes(parameters, keep):
 
 def test_a_matrix_without_weights_is_its_bias(parameters):
     nothing = torch.zeros(6, 9, dtype=torch.bool)
-    weight = UndrawnSample.of(PrunedAdditiveNoiseNormal(*parameters, Block.of(nothing)))
+    weight = UndrawnSample.of(PrunedAdditiveNoiseNormal(*parameters, nothing, Block.of(nothing)))
     output = F.linear(torch.randn(4, 9, dtype=torch.float64), weight)
     assert output.shape == (4, 6)
     assert not output.any()
@@ -100,14 +101,14 @@ def test_a_matrix_without_weights_is_its_bias(parameters):
 
 def test_other_uses_draw_a_weight_that_is_zero_where_pruned(parameters, keep):
     torch.manual_seed(0)
-    weight = UndrawnSample.of(PrunedAdditiveNoiseNormal(*parameters, Block.of(keep)))
+    weight = UndrawnSample.of(PrunedAdditiveNoiseNormal(*parameters, keep, Block.of(keep)))
     drawn = weight + 0
     assert drawn[~keep].abs().max() < 1e-12
     assert (drawn[keep] != parameters[0][keep]).all()
 
 
 def test_expanding_gives_an_ordinary_distribution(parameters, keep):
-    pruned = PrunedAdditiveNoiseNormal(*parameters, Block.of(keep))
+    pruned = PrunedAdditiveNoiseNormal(*parameters, keep, Block.of(keep))
     assert pruned.expand((6, 9)) is pruned
     expanded = pruned.expand((2, 6, 9))
     assert expanded.batch_shape == (2, 6, 9)

@@ -808,7 +808,7 @@ def test_a_pruned_block_gives_the_moments_of_the_whole_matrix() -> None:
     weight = loc.where(keep, 0.0)
     variance = log_sigma2.exp().where(keep, 0.0)
     for bias in (None, BIAS):
-        sample = UndrawnSample.of(PrunedAdditiveNoiseNormal(loc, log_sigma2, Block.of(keep)))
+        sample = UndrawnSample.of(PrunedAdditiveNoiseNormal(loc, log_sigma2, keep, Block.of(keep)))
         with noise(1.0):
             output = F.linear(X3, sample, bias)
         std = (X3.square() @ variance.T).sqrt()

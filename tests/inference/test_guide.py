@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from copy import deepcopy
@@ -256,6 +257,24 @@ def test_pruned_weights_have_no_gradient_and_no_divergence(part: float) -> None:
         assert (loc.grad[~gone] != 0).any()
         kept = LogUniform().kl_from(guide.log_alpha()[name][~gone]).sum()
         torch.testing.assert_close(terms.kl[name].detach(), kept)
+
+
+def test_blocks_shrink_when_half_of_what_they_hold_is_dead() -> None:
+    """Each change of the layout costs a compiled objective; in between masks do."""
+    guide = AdditiveNoiseGuide(network(), init_log_sigma2=-20.0)
+    rows = len(guide.log_sigma2.get_parameter("0.weight_unconstrained"))
+    layouts = []
+    for dead in range(rows + 1):
+        with torch.no_grad():
+            guide.log_sigma2.get_parameter("0.weight_unconstrained")[:dead] = 20.0
+            guide.log_sigma2.get_parameter("2.weight_unconstrained")[:, :dead] = 20.0
+        guide.prune_(3.0)
+        assert (guide.median()["0.weight"][:dead] == 0).all()
+        assert guide.median()["0.weight"][dead:].all()
+        layouts.append(guide.layout)
+    changes = sum(a != b for a, b in itertools.pairwise(layouts))
+    assert 1 <= changes <= math.log2(rows) + 1
+    assert layouts[0] == 1  # from no masks to masks
 
 
 def test_everything_pruned_leaves_the_biases() -> None:
