@@ -8,11 +8,13 @@ from collections.abc import Callable
 from torch import nn
 
 from bayes_svdo._names import unknown_name
+from bayes_svdo.models.convolutional import lenet_5_caffe
 from bayes_svdo.models.dense import dense, dense_100_40, dense_256, dense_300, lenet_300_100
 from bayes_svdo.models.linear import linear_regression, logistic_regression
 
 NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
     "lenet-300-100": lenet_300_100,
+    "lenet-5-caffe": lenet_5_caffe,
     "dense-300": dense_300,
     "dense-256": dense_256,
     "dense-100-40": dense_100_40,
