@@ -1,20 +1,59 @@
-"""What a fitted posterior says: how sparse it is, and pictures of it and of its training."""
+"""What a fitted posterior says: how sparse it is, what it predicts and how sure it is, pictures.
+
+Conformal prediction, which needs MAPIE, is in :mod:`bayes_svdo.analysis.conformal`.
+"""
 
 from bayes_svdo.analysis.animation import animate_sparsification
+from bayes_svdo.analysis.calibration import (
+    ClassificationScores,
+    RegressionScores,
+    Reliability,
+    brier_score,
+    classification_scores,
+    expected_calibration_error,
+    interval_coverage,
+    negative_log_likelihood,
+    pit_distance,
+    regression_scores,
+    reliability,
+)
+from bayes_svdo.analysis.moments import Moments, output_moments
 from bayes_svdo.analysis.plots import plot_log_alpha, plot_training
+from bayes_svdo.analysis.predictives import ClassificationPredictive, RegressionPredictive
+from bayes_svdo.analysis.selective import RiskCoverage, ood_auroc, risk_coverage
 from bayes_svdo.analysis.snapshots import Snapshot, Snapshots
 from bayes_svdo.analysis.sparsity import LayerSparsity, SparsityTable, sparsity_table
+from bayes_svdo.analysis.uncertainty import predictive
 from bayes_svdo.analysis.weight_images import plot_weights, plot_weights_before_after
 
 __all__ = [
+    "ClassificationPredictive",
+    "ClassificationScores",
     "LayerSparsity",
+    "Moments",
+    "RegressionPredictive",
+    "RegressionScores",
+    "Reliability",
+    "RiskCoverage",
     "Snapshot",
     "Snapshots",
     "SparsityTable",
     "animate_sparsification",
+    "brier_score",
+    "classification_scores",
+    "expected_calibration_error",
+    "interval_coverage",
+    "negative_log_likelihood",
+    "ood_auroc",
+    "output_moments",
+    "pit_distance",
     "plot_log_alpha",
     "plot_training",
     "plot_weights",
     "plot_weights_before_after",
+    "predictive",
+    "regression_scores",
+    "reliability",
+    "risk_coverage",
     "sparsity_table",
 ]

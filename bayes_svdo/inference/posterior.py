@@ -25,7 +25,9 @@ from bayes_svdo.models import BayesianNetwork
 if TYPE_CHECKING:
     import os
 
+    from bayes_svdo.analysis.predictives import ClassificationPredictive, RegressionPredictive
     from bayes_svdo.analysis.sparsity import SparsityTable
+    from bayes_svdo.analysis.uncertainty import Method
 
 _PREDICTION_BATCH = 1000
 
@@ -188,6 +190,34 @@ class Posterior:
                 for batch in self._split(x, batch_size)
             ]
         return network.likelihood.mean(torch.cat(batches, dim=1))
+
+    def predictive(
+        self,
+        x: Any,
+        num_samples: int = 100,
+        *,
+        method: Method = "local",
+        batch_size: int = _PREDICTION_BATCH,
+        seed: int | None = None,
+        threshold: float | None = None,
+        keep_draws: bool = False,
+    ) -> ClassificationPredictive | RegressionPredictive:
+        """The distribution of ``y`` given ``x``, weights integrated over the posterior.
+
+        Not pruned, unless ``threshold`` is given. See :func:`bayes_svdo.analysis.predictive`.
+        """
+        from bayes_svdo.analysis.uncertainty import predictive
+
+        return predictive(
+            self,
+            x,
+            num_samples,
+            method,
+            batch_size,
+            seed,
+            threshold=threshold,
+            keep_draws=keep_draws,
+        )
 
     def _draw_output(self, batch: tuple[Any, ...], reused: set[str]) -> Tensor:
         """The network's output for one draw; ``reused`` collects weights that are used twice."""
