@@ -2,9 +2,10 @@
 
 ``p(y | x) = ∫ p(y | net(x; w)) q(w) dw`` by one of three methods:
 
-- ``"local"``: draws by local reparameterization. Rows of ``x`` are drawn independently, so what is
-  said of one row is right, but a draw is no function of ``x``.
 - ``"weights"``: draws of all weights, each used for all rows: draws are functions of ``x``.
+- ``"local"``: draws by local reparameterization, as in training. Rows of ``x`` are drawn
+  independently, so a draw is no function of ``x``; and so are the positions of a convolution and the
+  tokens of a sequence: what pools over them is said to be surer than it is.
 - ``"moments"``: means and variances in one pass (:mod:`bayes_svdo.analysis.moments`); an
   approximation, for networks of linear layers and ReLU.
 
@@ -34,6 +35,7 @@ from bayes_svdo.analysis.predictives import (
 )
 from bayes_svdo.distributions.undrawn import LocalReparameterization, WeightReused
 from bayes_svdo.inference.arguments import check_count, check_seed, check_threshold
+from bayes_svdo.inference.draws import outputs_at_draws
 from bayes_svdo.inference.guide import AdditiveNoiseGuide
 from bayes_svdo.inference.posterior import (
     Posterior,
@@ -58,7 +60,7 @@ def predictive(
     posterior: Posterior,
     x: Any,
     num_samples: int = 100,
-    method: Method = "local",
+    method: Method = "weights",
     batch_size: int = 1000,
     seed: int | None = None,
     *,
@@ -81,7 +83,7 @@ def predictive(
         num_samples: Draws. For ``"moments"``: draws of the Gaussian logits, over which softmax is
             averaged (as Kendall & Gal (2017), eq. 12, https://arxiv.org/abs/1703.04977); regression
             needs none.
-        method: ``"local"``, ``"weights"`` or ``"moments"``, see the module.
+        method: ``"weights"``, ``"local"`` or ``"moments"``, see the module.
         batch_size: Inputs taken at a time, which bounds the memory.
         seed: For the draws; torch's global generators are left as they were. None to go on with
             those. Draws of ``"local"`` depend on ``batch_size``, too.
@@ -147,7 +149,7 @@ def _pruned(posterior: Posterior, threshold: float) -> Posterior:
     """A copy whose guide has point masses at zero where ``log alpha >= threshold``."""
     guide = posterior.guide.copy_for(posterior.model)
     guide.prune_(threshold)
-    return Posterior(posterior.model, guide, threshold=threshold)
+    return Posterior(posterior.model, guide, threshold=threshold, drawn=posterior.drawn)
 
 
 # Outputs of the network, draw by draw.
@@ -157,9 +159,13 @@ def _outputs_by_local_reparameterization(
     posterior: Posterior, x: tuple[Tensor, ...], num_samples: int, batch_size: int
 ) -> _Outputs:
     network = posterior._network("predictive")
-    reused: set[str] = set()
+    reused = set(posterior.drawn)
     start = 0
-    with _evaluating(network), local_parameters(), _explained(x):
+    with (
+        _evaluating(network),
+        local_parameters(),
+        _explained(x, next(posterior.guide.parameters()).dtype),
+    ):
         for batch in posterior._split(x, batch_size):
             rows = slice(start, start + len(batch[0]))
             for index in range(num_samples):
@@ -185,14 +191,20 @@ def _outputs_by_weights(
     posterior: Posterior, x: tuple[Tensor, ...], num_samples: int, batch_size: int
 ) -> _Outputs:
     network = posterior._network("predictive")
-    with _evaluating(network), local_parameters(), _explained(x):
-        for index in range(num_samples):
-            weights = posterior.guide()
-            start = 0
-            for batch in posterior._split(x, batch_size):
-                rows = slice(start, start + len(batch[0]))
-                yield index, rows, _call(network.net, weights, batch)
-                start = rows.stop
+    with (
+        _evaluating(network),
+        local_parameters(),
+        _explained(x, next(posterior.guide.parameters()).dtype),
+    ):
+        outputs = outputs_at_draws(
+            network,
+            posterior.guide,
+            lambda: posterior._split(x, batch_size),
+            num_samples,
+        )
+        for draws, rows, several in outputs:
+            for index, output in zip(range(draws.start, draws.stop), several, strict=True):
+                yield index, rows, output
 
 
 def _outputs_by_moments(

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -39,8 +40,8 @@ def demo(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more of them would wait for each other on matrices this small
     try:
-        return run(
-            replace(SETTINGS, seed=seed),
+        done = run(
+            replace(SETTINGS, seed=seed, devices=1),
             out,
             command="demo",
             overwrite=overwrite or _holds_a_demo(Path(out)),
@@ -48,6 +49,7 @@ def demo(
         )
     finally:
         torch.set_num_threads(threads)
+    return cast("tuple[Run, list[Path]]", done)  # None in other processes, of which there are none
 
 
 def validate(settings: Settings = SETTINGS, splits: Sequence[int] = (0, 1, 2)) -> dict[str, float]:

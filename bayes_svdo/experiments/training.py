@@ -9,7 +9,7 @@ import time
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from bayes_svdo.experiments import runs
 from bayes_svdo.experiments.runs import Run
 from bayes_svdo.inference import AdditiveNoiseGuide, EpochEnd, Posterior, fit
 from bayes_svdo.inference.arguments import check_seed
+from bayes_svdo.inference.devices import is_first_rank
 from bayes_svdo.models import BayesianNetwork, Categorical, Gaussian, Likelihood, build
 
 # Of an animation, about: enough to see weights go, few enough for a small file.
@@ -52,6 +53,8 @@ class Settings:
         prune_while_training: Zero such weights for good, at the end of every epoch.
         precision: ``"32-true"``, ``"64-true"``, ``"bf16-mixed"`` or ``"16-mixed"``.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
+        devices: Processes, one per device; None: as many as a launcher started, else one.
+        compile: ``"auto"``, ``"yes"`` or ``"no"``.
         seed: Of initial weights, shuffling and noise.
         root: Folder of the data's files; see :func:`bayes_svdo.data.load`.
     """
@@ -69,8 +72,13 @@ class Settings:
     prune_while_training: bool = False
     precision: str = "32-true"
     device: str = "auto"
+    devices: int | None = None
+    compile: str = "auto"
     seed: int = 0
     root: str | None = None
+
+
+_COMPILE: dict[str, bool | Literal["auto"]] = {"auto": "auto", "yes": True, "no": False}
 
 
 class Task(NamedTuple):
@@ -93,7 +101,7 @@ def run(
     command: str = "fit",
     overwrite: bool = False,
     animation: bool = False,
-) -> tuple[Run, list[Path]]:
+) -> tuple[Run, list[Path]] | None:
     """Train, evaluate on the test set once, at the end, and write the run folder.
 
     Ctrl-C while training ends it early; the folder is written all the same.
@@ -106,7 +114,7 @@ def run(
         animation: Draw the first layer over the epochs, too.
 
     Returns:
-        The run, and its pictures.
+        The run, and its pictures; None in all processes of several but the first.
 
     Raises:
         RunError, PermissionError: ``out`` cannot be used; found before any training.
@@ -120,6 +128,8 @@ def run(
     snapshots = Snapshots(every=max(1, settings.epochs // _FRAMES)) if animation else None
     started = time.perf_counter()
     posterior = train(settings, task, snapshots)
+    if not is_first_rank():
+        return None
     with runs.uninterrupted():
         done = Run(
             posterior,
@@ -138,6 +148,8 @@ def run(
 def train(settings: Settings, task: Task, snapshots: Snapshots | None = None) -> Posterior:
     """Train only; arguments and errors as for :func:`run`. Global random state is left alone."""
     check_seed(settings.seed)
+    if settings.compile not in _COMPILE:
+        raise unknown_name("compile", settings.compile, _COMPILE)
     features = math.prod(task.train[0].shape[1:])
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.seed)
@@ -158,6 +170,8 @@ def train(settings: Settings, task: Task, snapshots: Snapshots | None = None) ->
             sigma_lr=settings.sigma_lr,
             kl_warmup=settings.kl_warmup,
             device=settings.device,
+            devices=settings.devices,
+            compile=_COMPILE[settings.compile],
             precision=settings.precision,
             threshold=settings.threshold,
             prune_while_training=settings.prune_while_training,
@@ -214,7 +228,7 @@ class _ProgressLines:
         self.epochs, self.every = epochs, max(1, epochs // 10)
 
     def __call__(self, end: EpochEnd) -> None:
-        if end.epoch % self.every and end.epoch not in (1, self.epochs):
+        if (end.epoch % self.every and end.epoch not in (1, self.epochs)) or not is_first_rank():
             return
         row = end.row
         metric = next(name for name in ("accuracy", "rmse") if name in row)

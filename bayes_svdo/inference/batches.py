@@ -86,15 +86,37 @@ class TensorBatches(Batches):
         self.batch_size, self.device, self.shuffle = batch_size, device, shuffle
         self.num_data: int = len(tree_leaves(data)[0])
         self.targets: Tensor = self.data[-1]
+        self._rank, self._ranks = 0, 1
+        self._generator: torch.Generator | None = None
+
+    def share(self, rank: int, ranks: int, seed: int) -> None:
+        """Give each rank its part of every epoch, all of one length: some data may come twice.
+
+        Args:
+            rank: This one.
+            ranks: Number of them.
+            seed: Of the order, the same on all ranks.
+        """
+        self._rank, self._ranks = rank, ranks
+        self._generator = torch.Generator(self.targets.device)
+        self._generator.manual_seed(seed)
+
+    @property
+    def _part(self) -> int:
+        """Data points of an epoch."""
+        return -(-self.num_data // self._ranks)
 
     def __len__(self) -> int:
-        return -(-self.num_data // self.batch_size)
+        return -(-self._part // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         order: Tensor | None = None
         if self.shuffle:
-            order = torch.randperm(self.num_data, device=self.targets.device)
-        for start in range(0, self.num_data, self.batch_size):
+            where = self.targets.device
+            order = torch.randperm(self.num_data, device=where, generator=self._generator)
+            missing = self._part * self._ranks - self.num_data
+            order = torch.cat((order, order[:missing]))[self._rank :: self._ranks]
+        for start in range(0, self._part, self.batch_size):
             rows = slice(start, start + self.batch_size)
             yield self._batch(rows if order is None else order[rows])
 
@@ -111,11 +133,11 @@ class TensorBatches(Batches):
     @property
     def last_size(self) -> int:
         """What is left for it."""
-        return self.num_data % self.batch_size or self.batch_size
+        return self._part % self.batch_size or self.batch_size
 
     def can_be_all_of(self, num_data: int, seen: int) -> bool:
-        """Every data point comes once."""
-        return seen == num_data
+        """Every data point comes."""
+        return num_data == self.num_data
 
 
 class LoaderBatches(Batches):
@@ -189,6 +211,11 @@ class LoaderBatches(Batches):
             return value
         dtype = self.dtype if value.is_floating_point() else None
         return value.to(self.device, dtype, non_blocking=True)
+
+    def share(self, loader: Any) -> None:
+        """Read the part of a rank: ``loader`` is this one with a sampler for it."""
+        self.loader = loader
+        self._length = self._length if self._length is None else len(loader)
 
     def first(self) -> tuple[Any, ...]:
         """A batch of the loader.

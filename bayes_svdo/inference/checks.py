@@ -10,16 +10,21 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
+from torch.distributions import Independent
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.random import fork_rng
 from torch.utils._pytree import tree_leaves, tree_map
 
+from bayes_svdo.distributions import LogUniform
 from bayes_svdo.inference.batches import Batches, check_finite
 from bayes_svdo.inference.guide import AdditiveNoiseGuide
-from bayes_svdo.inference.posterior import Posterior
+from bayes_svdo.inference.posterior import Posterior, dtype_hint
+from bayes_svdo.inference.surroundings import pyro_checks
 from bayes_svdo.models import BayesianNetwork
+from bayes_svdo.models.bayesian_network import OutputError
 
 _FEW = 2
 
@@ -59,7 +64,10 @@ class BatchCheck:
         """Check a batch, the ``number``-th of the epoch."""
         check_batch(batch, self.name, number)
         if self.likelihood is not None:
-            self.likelihood.check(batch[1], self.output, f"{self.name} y")
+            try:
+                self.likelihood.check(batch[1], self.output, f"{self.name} y")
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"batch {number}: {error}") from error
 
     def _check_num_data(self, model: BayesianNetwork, batches: Batches) -> None:
         if self.name != "train" or batches.num_data in (None, model.num_data):
@@ -75,10 +83,12 @@ class BatchCheck:
         try:
             few = tuple(value[:_FEW] for value in x) if isinstance(x, tuple) else x[:_FEW]
             return posterior.output(few)
+        except OutputError:
+            raise
         except Exception as error:
             if isinstance(x, Tensor):
                 shown = f"shape {tuple(x.shape)}, dtype {x.dtype}"
-                hint = _hint(x, posterior)
+                hint = dtype_hint(x, next(posterior.guide.parameters()).dtype)
             else:
                 shown, hint = f"type {type(x).__name__}", ""
             raise ValueError(
@@ -149,13 +159,23 @@ def check_batch(batch: tuple[Any, ...], name: str, number: int) -> None:
 
 
 def check_guide(model: Callable[..., Any], guide: AdditiveNoiseGuide) -> None:
-    """Refuse a guide that was made for another model.
+    """Refuse a guide that was made for another model, and a KL that holds for alpha <= 1 alone.
 
     Raises:
-        ValueError: The sites, or their shapes, are not the model's.
+        ValueError: The sites, or their shapes, are not the model's, or a prior has such a KL.
     """
     if not guide.sites:
         raise ValueError(f"the model has no latent site: there is nothing to fit.{_lift(model)}")
+    for name, site in guide.prototype_trace.iter_stochastic_nodes():
+        prior = site["fn"]
+        while isinstance(prior, Independent):
+            prior = prior.base_dist
+        if isinstance(prior, LogUniform) and prior.kl == "kingma2015" and not prior.extrapolate:
+            raise ValueError(
+                f'at site "{name}", the prior is LogUniform("kingma2015"), whose KL holds for '
+                "alpha <= 1 alone: training would stop where a weight gets there.\n"
+                '  Try LogUniform() or LogUniform("exact"), which hold everywhere.'
+            )
     if not isinstance(model, BayesianNetwork):
         return
     if guide.sites != model.sites:
@@ -167,6 +187,38 @@ def check_guide(model: Callable[..., Any], guide: AdditiveNoiseGuide) -> None:
                 f'at site "{name}", guide has shape {tuple(shape)} but the model has '
                 f"{tuple(weight.shape)}."
             )
+
+
+def check_pruning(guide: AdditiveNoiseGuide) -> None:
+    """Refuse to prune while training where no prior is scale-free.
+
+    Raises:
+        ValueError: As said.
+    """
+    if not guide.prunable_sites:
+        raise ValueError(
+            "prune_while_training needs a site whose prior is scale-free, but those of "
+            f"{', '.join(guide.sites)} are proper: a large log alpha says nothing of relevance "
+            "under them.\n  Try prior=LogUniform() or prior=EmpiricalBayes()."
+        )
+
+
+def freeze_unused(objective: nn.Module, batch: tuple[Any, ...]) -> None:
+    """Train no parameter that the objective does not depend on: other ranks wait for its gradient.
+
+    Random numbers and buffers stay as they were.
+    """
+    trained = [value for value in objective.parameters() if value.requires_grad]
+    buffers = {name: value.clone() for name, value in objective.named_buffers()}
+    weight = torch.ones((), dtype=torch.float64, device=trained[0].device)
+    with (
+        fork_rng([weight.device] if weight.is_cuda else []),
+        pyro_checks(structure=False),
+    ):
+        loss = functional_call(objective, buffers, (weight, *batch)).loss
+    gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+    for value, gradient in zip(trained, gradients, strict=True):
+        value.requires_grad_(gradient is not None)
 
 
 @torch.no_grad()
@@ -194,26 +246,92 @@ def check_scale(
 ) -> None:
     """Refuse a model written by hand that does not know that a batch is a part of the data.
 
-    Its KL would be too strong, by as much as the batch is smaller than the data.
+    Its KL would be too strong, by as much as the batch is smaller than the data; and variables of
+    its own for each data point would be fitted to others, for ``fit`` shuffles.
 
     Raises:
         ValueError: Names the site.
     """
+    _check_local(model, guide, batch)
     size = len(batch[-1])
     if num_data is None or size >= num_data:
         return
-    with torch.random.fork_rng():
-        trace = poutine.trace(poutine.replay(model, poutine.trace(guide).get_trace(*batch)))
-        nodes: dict[str, Any] = trace.get_trace(*batch).nodes
-    for name, site in nodes.items():
-        observed = site["type"] == "sample" and site["is_observed"]
-        if observed and size in site["fn"].batch_shape and _all_ones(site["scale"]):
+    for name, site in _observed(model, guide, batch):
+        if size in site["fn"].batch_shape and _all_ones(site["scale"]):
             raise ValueError(
                 f'at site "{name}", a batch of {size} of the {num_data} data points counts as '
                 f"{size} points: the KL would count {num_data / size:.3g} times too much.\n"
                 f'  Try pyro.plate("data", {num_data}, subsample=torch.arange(len(x))) in the '
                 "model, or batch_size=len(x)."
             )
+
+
+def _check_local(model: Any, guide: AdditiveNoiseGuide, batch: tuple[Any, ...]) -> None:
+    if guide.create_plates is not None:  # says which rows of the guide a batch is of
+        return
+    local = {
+        frame.name: name
+        for name, site in guide.prototype_trace.iter_stochastic_nodes()
+        for frame in site["cond_indep_stack"]
+        if frame.vectorized
+    }
+    for plate in local.keys() & (_plates_of_data(model, guide, batch) if local else set()):
+        raise ValueError(
+            f'at site "{local[plate]}", plate "{plate}" gives every data point a variable of its '
+            "own, but fit shuffles the data: each would be fitted to other points.\n"
+            "  Try pyro.infer.SVI with TraceAnalyticKL_ELBO and the data in their order, or a "
+            "model with this variable integrated out."
+        )
+
+
+def _plates_of_data(model: Any, guide: AdditiveNoiseGuide, batch: tuple[Any, ...]) -> set[str]:
+    """Names of the plates around observed sites that are subsampled, or as long as the batch."""
+    plates = _plates_around_data(model, guide, batch)
+    # A plate of something else, of outputs say, may be as long by chance: it stays as it is.
+    fewer = tree_map(lambda v: v[:-1] if isinstance(v, Tensor) and v.dim() else v, batch)
+    try:
+        shorter = _plates_around_data(model, guide, fewer)
+    except Exception:  # the model takes no other number of points than its plate has
+        shorter = {name: (0, 0) for name, (size, _) in plates.items() if size == len(batch[-1])}
+    return {
+        name
+        for name, (size, full_size) in plates.items()
+        if size != full_size or shorter.get(name, (size, 0))[0] != size
+    }
+
+
+def _plates_around_data(
+    model: Any, guide: AdditiveNoiseGuide, batch: tuple[Any, ...]
+) -> dict[str, tuple[int, int]]:
+    """Size, and size in full, of the vectorized plates around observed sites, by name.
+
+    Raises:
+        ValueError: An observed value is not of the shape of its distribution.
+    """
+    plates = {}
+    for name, site in _observed(model, guide, batch):
+        if site["value"].shape != site["fn"].shape():
+            raise ValueError(f'at site "{name}", the shapes differ.')
+        for frame in site["cond_indep_stack"]:
+            if frame.vectorized:
+                plates[frame.name] = frame.size, frame.full_size or frame.size
+    return plates
+
+
+def _observed(
+    model: Any, guide: AdditiveNoiseGuide, batch: tuple[Any, ...]
+) -> list[tuple[str, Any]]:
+    """Names and entries of the observed sites, for a batch and weights of the guide."""
+    with fork_rng():
+        # Plates are the model's own: those of the guide are always of all data.
+        weights = prune_subsample_sites(poutine.trace(guide).get_trace(*batch))
+        trace = poutine.trace(poutine.replay(model, weights)).get_trace(*batch)
+        nodes: dict[str, Any] = trace.nodes
+    return [
+        (name, site)
+        for name, site in nodes.items()
+        if site["type"] == "sample" and site["is_observed"]
+    ]
 
 
 def _all_ones(scale: float | Tensor) -> bool:
@@ -224,10 +342,3 @@ def _lift(model: object) -> str:
     if not isinstance(model, nn.Module):
         return ""
     return "\n  Try BayesianNetwork(net, likelihood, num_data), if this is a network."
-
-
-def _hint(x: Tensor, posterior: Posterior) -> str:
-    dtype = next(posterior.guide.parameters()).dtype
-    if x.dtype == dtype:
-        return ""
-    return f"\n  Try x.to({dtype}), the dtype of the network's weights, if x holds numbers."

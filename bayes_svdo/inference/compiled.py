@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -119,24 +119,30 @@ class CompiledObjective(nn.Module):
     """An :class:`Objective` that is traced and compiled, once for every signature of its inputs.
 
     The signature is the shapes, dtypes and devices of a batch, its values that are no tensors, the
-    modules' training mode: a last, smaller batch costs one more compilation. From the ninth
-    signature on, new ones are evaluated as they are, with a warning. When half of what is left of
-    the weights has been zeroed for good, rows and columns that are dead leave the graphs, which are
-    compiled anew. Without gradients (``torch.no_grad()``) nothing is compiled.
+    modules' training mode and the model's ``num_data``: a last, smaller batch costs one more
+    compilation. From the ninth signature on, new ones are evaluated as they are, with a warning.
+    When half of what is left of the weights has been zeroed for good, rows and columns that are
+    dead leave the graphs, which are compiled anew. Without gradients (``torch.no_grad()``) nothing
+    is compiled.
 
     Args:
         objective: The objective.
         backend: For ``torch.compile``.
+        required: Whether an objective that cannot be compiled is an error. If not, it is evaluated
+            as it is from then on, with a warning that says why.
     """
 
     def __init__(
-        self, objective: Objective, backend: str | Callable[..., Any] = "inductor"
+        self,
+        objective: Objective,
+        backend: str | Callable[..., Any] = "inductor",
+        required: bool = True,
     ) -> None:
         super().__init__()
         self.objective: Objective = objective
-        self.backend = backend
+        self.backend, self.required = backend, required
         self._graphs: dict[Any, _Graph] = {}
-        self._refused = False
+        self._gave_up = False
         self._layout = objective.guide.layout
         model = objective.model  # a guide has no modes
         self._modes = list(model.modules()) if isinstance(model, nn.Module) else []
@@ -163,17 +169,27 @@ class CompiledObjective(nn.Module):
             self._layout = layout
         key = self._signature(batch)
         graph = self._graphs.get(key)
-        if graph is None and len(self._graphs) < _MOST_SIGNATURES:
-            graph = self._graphs[key] = self._compile(kl_weight, batch)
-        elif graph is None and not self._refused:
-            self._refused = True
-            warnings.warn(
+        if graph is not None or self._gave_up:
+            return graph
+        if len(self._graphs) == _MOST_SIGNATURES:
+            self._give_up(
                 f"batches have had {_MOST_SIGNATURES} different shapes, each of which was "
                 "compiled; those of others are evaluated without.\n"
-                "  Try batches of equal shape, for example by padding.",
-                stacklevel=3,
+                "  Try batches of equal shape, for example by padding."
             )
+            return None
+        try:
+            graph = self._graphs[key] = self._compile(kl_weight, batch)
+        except UntraceableError as error:
+            if self.required:
+                raise
+            self._give_up(str(error))
         return graph
+
+    def _give_up(self, why: str) -> None:
+        """Compile nothing more, and say so once."""
+        self._gave_up = True
+        warnings.warn(why, stacklevel=4)
 
     def _signature(self, batch: tuple[Any, ...]) -> Any:
         leaves, spec = tree_flatten(batch)
@@ -188,6 +204,7 @@ class CompiledObjective(nn.Module):
             ),
             str(spec),
             tuple([module.training for module in self._modes]),
+            getattr(self.objective.model, "num_data", None),
             autocast,
         )
 
@@ -212,7 +229,7 @@ class CompiledObjective(nn.Module):
                 gradients = torch.autograd.grad(
                     value.loss, own, allow_unused=True, materialize_grads=True
                 )
-            return [*value, *gradients]
+            return [*value, *_apart(gradients)]
 
         inputs = [list(trained.values()), list(fixed.values()), kl_weight, _tensors(leaves)]
         try:
@@ -226,13 +243,13 @@ class CompiledObjective(nn.Module):
                     _allow_non_fake_inputs=True,
                 )
                 graph = trace(*inputs)
+            compiled = _compiled(graph, inputs, self.backend)
         except Exception as error:
             raise UntraceableError(
-                f"the objective cannot be traced into one graph: {_reason(error)}\n"
+                f"the objective cannot be compiled into one graph: {_reason(error)}\n"
                 "  Try compile=False, or a model whose control flow does not depend on the values "
                 "of data or weights."
             ) from error
-        compiled = _compiled(graph, inputs, self.backend)
         return _Graph(compiled, list(trained.values()), list(fixed.values()))
 
     @torch.no_grad()
@@ -276,10 +293,22 @@ class _Evaluate(torch.autograd.Function):
         # Kept by nobody else, they become the parameters' gradients without a copy.
         gradients, ctx.gradients = ctx.gradients, None
         if grad_loss.device.type == "cpu":
-            torch._foreach_mul_(gradients, grad_loss)
+            if float(grad_loss) != 1.0:
+                torch._foreach_mul_(gradients, grad_loss)
             return None, None, None, *gradients
         # The graph writes its next results to the same memory.
         return None, None, None, *torch._foreach_mul(gradients, grad_loss)
+
+
+def _apart(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors that share no memory: two terms of a sum have one gradient between them."""
+    seen: set[Any] = set()
+    result = []
+    for tensor in tensors:
+        storage = tensor.untyped_storage()._cdata
+        result.append(tensor.clone() if storage in seen else tensor)
+        seen.add(storage)
+    return result
 
 
 def _sigmoid(x: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ class ObjectiveValue(NamedTuple):
     """One estimate of the objective.
 
     Attributes:
-        loss: Negative log likelihood plus weighted KL, nats; carries the gradient.
+        loss: Negative log likelihood plus weighted KL, nats, times the objective's scale; carries
+            the gradient.
         terms: Negative log likelihood of each observed site, then KL of each latent one, nats.
         score: Sum over the batch of the likelihood's score (right answers, squared errors); 0 for
             a model written by hand.
@@ -30,14 +31,26 @@ class ObjectiveValue(NamedTuple):
 class Objective(nn.Module):
     """The objective of a model and a guide.
 
+    Args:
+        model: A :class:`~bayes_svdo.models.BayesianNetwork` or a Pyro model.
+        guide: Its guide.
+        elbo: How it is estimated.
+        scale: What the loss is multiplied by, for example ``1 / num_data``; the terms are not.
+
     Attributes:
         observed: Names of the observed sites, in the order of the terms; empty before a first call.
         latent: Names of the latent sites; likewise.
     """
 
-    def __init__(self, model: Any, guide: AdditiveNoiseGuide, elbo: TraceAnalyticKL_ELBO) -> None:
+    def __init__(
+        self,
+        model: Any,
+        guide: AdditiveNoiseGuide,
+        elbo: TraceAnalyticKL_ELBO,
+        scale: float = 1.0,
+    ) -> None:
         super().__init__()
-        self.model, self.guide, self.elbo = model, guide, elbo
+        self.model, self.guide, self.elbo, self.scale = model, guide, elbo, scale
         self.observed: list[str] = []
         self.latent: list[str] = []
         # What it learned of other models would change the random numbers of this run.
@@ -51,7 +64,9 @@ class Objective(nn.Module):
         count = len(self.observed)
         weight = (kl_weight * self.elbo.kl_weight).to(vector.dtype)
         loss = vector[:count].sum() + weight * vector[count:].sum()
-        return ObjectiveValue(loss, vector.detach(), self._score(terms.output, vector, *batch))
+        return ObjectiveValue(
+            self.scale * loss, vector.detach(), self._score(terms.output, vector, *batch)
+        )
 
     def _score(self, output: Any, like: Tensor, *batch: Any) -> Tensor:
         if not isinstance(self.model, BayesianNetwork):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from bayes_svdo.distributions.undrawn import LocalReparameterization, WeightReused
 from bayes_svdo.inference.arguments import check_count, check_threshold
+from bayes_svdo.inference.draws import outputs_at_draws
 from bayes_svdo.inference.guide import AdditiveNoiseGuide
 from bayes_svdo.inference.history import History
 from bayes_svdo.models import BayesianNetwork
+from bayes_svdo.models.bayesian_network import OutputError
 
 if TYPE_CHECKING:
     import os
@@ -65,6 +64,8 @@ class Posterior:
         history: One row per epoch.
         threshold: A weight is pruned where ``log alpha >= threshold``, unless another is given.
         stopped_because: Why training ended, in words.
+        drawn: Sites whose weights predictions draw, as the objective did, where others are left
+            to local reparameterization.
     """
 
     def __init__(
@@ -75,12 +76,14 @@ class Posterior:
         history: History | None = None,
         threshold: float = 3.0,
         stopped_because: str = "",
+        drawn: Collection[str] = (),
     ) -> None:
         self.model = model
         self.guide = guide
         self.history = History() if history is None else history
         self.threshold = check_threshold(threshold)
         self.stopped_because = stopped_because
+        self.drawn = frozenset(drawn)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -99,17 +102,19 @@ class Posterior:
         return sparsity_table(
             self.log_alpha(),
             self._threshold(threshold),
+            prunable=self.guide.prunable_sites,
             num_biases=sum(p.numel() for p in estimates if p.dim() < 2),
             num_dense=sum(p.numel() for p in estimates if p.dim() >= 2),
         )
 
     def means(self, threshold: float | None = None) -> dict[str, Tensor]:
-        """Posterior mean of every weight, zero where pruned, by site."""
-        threshold = self._threshold(threshold)
-        log_alpha = self.log_alpha()
+        """Posterior mean of every weight, zero where pruned, by site.
+
+        Only the guide's ``prunable_sites`` are pruned: those whose prior is scale-free.
+        """
+        pruned = self.guide.is_pruned(self._threshold(threshold))
         return {
-            name: loc.masked_fill(log_alpha[name] >= threshold, 0.0)
-            for name, loc in self.guide.median().items()
+            name: loc.masked_fill(pruned[name], 0.0) for name, loc in self.guide.median().items()
         }
 
     def prune(self, threshold: float | None = None) -> nn.Module:
@@ -146,12 +151,9 @@ class Posterior:
     ) -> Tensor:
         """The network's output for given weights, in evaluation mode."""
         network = self._network("output")
-        with _evaluating(network), _explained(x):
+        with _evaluating(network), _explained(x, next(self.guide.parameters()).dtype):
             return torch.cat(
-                [
-                    functional_call(network.net, weights, batch)
-                    for batch in self._split(x, batch_size)
-                ]
+                [network.output(weights, batch) for batch in self._split(x, batch_size)]
             )
 
     @torch.no_grad()
@@ -167,8 +169,8 @@ class Posterior:
 
         Args:
             x: Inputs of shape ``(N, ...)``, or a tuple of such.
-            num_samples: None for the pruned mean network. A number ``S`` for as many draws from
-                the posterior (not pruned), by local reparameterization where it applies.
+            num_samples: None for the pruned mean network. A number ``S`` for as many draws of all
+                weights from the posterior (not pruned): each is one function of all inputs.
             threshold: Where to prune; the posterior's own if None.
             batch_size: Inputs taken at a time, which bounds the memory.
 
@@ -183,20 +185,31 @@ class Posterior:
         if num_samples is None:
             return network.likelihood.mean(self.output(x, threshold, batch_size))
         num_samples = check_count("num_samples", num_samples)
-        reused: set[str] = set()
-        with _evaluating(network), local_parameters(), _explained(x):
-            batches = [
-                torch.stack([self._draw_output(batch, reused) for _ in range(num_samples)])
-                for batch in self._split(x, batch_size)
-            ]
-        return network.likelihood.mean(torch.cat(batches, dim=1))
+        check_count("batch_size", batch_size)
+        dtype = next(self.guide.parameters()).dtype
+        means: Tensor | None = None
+        size = len(x[0] if isinstance(x, tuple) else x)
+        with _evaluating(network), local_parameters(), _explained(x, dtype):
+            outputs = outputs_at_draws(
+                network,
+                self.guide,
+                lambda: self._split(x, batch_size),
+                num_samples,
+            )
+            for draws, rows, output in outputs:
+                mean = network.likelihood.mean(output)
+                if means is None:
+                    means = mean.new_empty((num_samples, size, *mean.shape[2:]))
+                means[draws, rows] = mean
+        assert means is not None
+        return means
 
     def predictive(
         self,
         x: Any,
         num_samples: int = 100,
         *,
-        method: Method = "local",
+        method: Method = "weights",
         batch_size: int = _PREDICTION_BATCH,
         seed: int | None = None,
         threshold: float | None = None,
@@ -219,19 +232,40 @@ class Posterior:
             keep_draws=keep_draws,
         )
 
-    def _draw_output(self, batch: tuple[Any, ...], reused: set[str]) -> Tensor:
-        """The network's output for one draw; ``reused`` collects weights that are used twice."""
-        while True:
-            guide = poutine.trace(LocalReparameterization(reused)(self.guide))
-            try:
-                trace = guide.get_trace(*batch)
-                output: Tensor = poutine.replay(self.model, trace=trace)(
-                    batch if len(batch) > 1 else batch[0]
-                )
-            except WeightReused as error:
-                reused.add(error.name)
-            else:
-                return output
+    def to_arviz(
+        self,
+        x: Any = None,
+        y: Any = None,
+        draws: int = 1000,
+        *,
+        sites: str | Iterable[str] | None = None,
+        surviving_only: bool = True,
+        threshold: float | None = None,
+        seed: int | None = None,
+        coords: Mapping[str, Sequence[Any]] | None = None,
+        batch_size: int = _PREDICTION_BATCH,
+        max_bytes: int = 2 * 2**30,
+    ) -> Any:
+        """Draws of the weights, what they predict for ``x`` and how well it goes with ``y``.
+
+        ``arviz.InferenceData`` (ArviZ 0.2x) or ``xarray.DataTree`` (1.x). See
+        :func:`bayes_svdo.analysis.to_arviz.to_arviz`.
+        """
+        from bayes_svdo.analysis.to_arviz import to_arviz
+
+        return to_arviz(
+            self,
+            x,
+            y,
+            draws,
+            sites=sites,
+            surviving_only=surviving_only,
+            threshold=threshold,
+            seed=seed,
+            coords=coords,
+            batch_size=batch_size,
+            max_bytes=max_bytes,
+        )
 
     def _split(self, x: Any, batch_size: int) -> Iterator[tuple[Tensor, ...]]:
         check_count("batch_size", batch_size)
@@ -316,11 +350,11 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _explained(x: Any) -> Iterator[None]:
-    """Say what ``x`` was where the network cannot take it."""
+def _explained(x: Any, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Say what ``x`` was where the network, of weights of this dtype, cannot take it."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, OutputError):
         raise
     except (RuntimeError, IndexError, TypeError) as error:
         inputs = x if isinstance(x, tuple) else (x,)
@@ -328,7 +362,20 @@ def _explained(x: Any) -> Iterator[None]:
             f"shape {tuple(v.shape)}, dtype {v.dtype}" if hasattr(v, "shape") else type(v).__name__
             for v in inputs
         )
-        raise ValueError(f"the network cannot take x of {shown}: {error}") from error
+        hint = dtype_hint(x, dtype) if dtype is not None else ""
+        raise ValueError(f"the network cannot take x of {shown}: {error}{hint}") from error
+
+
+def dtype_hint(x: Any, dtype: torch.dtype) -> str:
+    """What to try where the inputs, or some of them, are not of the weights' dtype."""
+    inputs = x if isinstance(x, tuple) else (x,)
+    dtypes = [torch.as_tensor(value).dtype for value in inputs if hasattr(value, "dtype")]
+    if all(each == dtype for each in dtypes):
+        return ""
+    return (
+        f"\n  Try torch.as_tensor(x, dtype={dtype}), the dtype of the network's weights, if x "
+        "holds numbers."
+    )
 
 
 @contextmanager

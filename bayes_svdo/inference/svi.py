@@ -8,17 +8,13 @@ from copy import deepcopy
 from typing import Any, Literal
 
 import torch
-from lightning_fabric import Fabric
-from lightning_fabric.plugins import MixedPrecision
 from torch import nn
 
 from bayes_svdo.inference.arguments import (
     check_count,
     check_functions,
-    check_precision,
     check_rate,
     check_seed,
-    choose_device,
 )
 from bayes_svdo.inference.batches import Batches, Data, LoaderBatches, TensorBatches, make_batches
 from bayes_svdo.inference.checks import (
@@ -28,9 +24,12 @@ from bayes_svdo.inference.checks import (
     check_last_batch,
     check_model,
     check_parameters,
+    check_pruning,
     check_scale,
+    freeze_unused,
 )
 from bayes_svdo.inference.compiled import CompiledObjective, wants_compilation
+from bayes_svdo.inference.devices import Ranks, make_fabric
 from bayes_svdo.inference.elbo import TraceAnalyticKL_ELBO
 from bayes_svdo.inference.guide import AdditiveNoiseGuide
 from bayes_svdo.inference.objective import Objective
@@ -65,10 +64,12 @@ def fit(
     kl_warmup: Schedule | tuple[float, float] = (0.025, 0.1),
     validation: Data | None = None,
     device: str | torch.device = "auto",
+    devices: int | None = None,
+    num_nodes: int = 1,
     precision: str = "32-true",
     threshold: float = 3.0,
     prune_while_training: bool = False,
-    compile: bool | Literal["auto"] = False,
+    compile: bool | Literal["auto"] = "auto",
     callbacks: Sequence[Callback] = (),
     seed: int | None = None,
     progress: bool = True,
@@ -77,7 +78,8 @@ def fit(
 
     Minimises ``(E_q[-log p(y|x,w)] + kl_weight * KL[q‖p]) / num_data``. Model and guide are
     copied: what is passed in stays as it is, and what is learned is in the posterior that comes
-    back. For a warm start pass the ``model`` and ``guide`` of an earlier posterior.
+    back. For a warm start pass the ``model`` and ``guide`` of an earlier posterior; a network's
+    ``model`` alone starts from its means, with fresh variances.
 
     Args:
         model: A :class:`~bayes_svdo.models.BayesianNetwork`, or any Pyro model ``model(x, y)``
@@ -89,7 +91,7 @@ def fit(
         elbo: The objective; ``TraceAnalyticKL_ELBO()`` if None. Its own ``kl_weight`` multiplies
             the warm-up's.
         epochs: Passes over the data.
-        batch_size: Data points per step (100 if None); a DataLoader has its own.
+        batch_size: Data points per step and device (100 if None); a DataLoader has its own.
         lr: Adam's learning rate for means and point estimates.
         sigma_lr: Learning rate of ``log_sigma2``; ``lr`` if None. Adam moves by at most this per
             step, so a way from -10 to -3 takes at least ``7 / sigma_lr`` steps.
@@ -98,16 +100,21 @@ def fit(
             function of the fraction of steps done.
         validation: Data as ``train``; the pruned mean network is evaluated on it every epoch.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
+        devices: Processes on this machine, one per device. More than one starts the script again
+            for each of them, as Lightning Fabric does (not from a notebook), unless ``torchrun`` or
+            ``fabric run`` has; None: as many as those have started, else one.
+        num_nodes: Machines; on each of them the script has been started.
         precision: ``"32-true"``, ``"64-true"``, ``"bf16-mixed"`` or, on CUDA, ``"16-mixed"``.
         threshold: A weight counts as pruned where ``log alpha >= threshold``.
         prune_while_training: Zero such weights for good, at the end of every epoch from the one in
             which the KL first has full weight: the ``train_clip`` of the paper's code. If the
             warm-up ends with training, that is the last.
-        compile: Trace and compile the objective, which takes a minute and then a step half its
-            time; it draws other random numbers from the same seed. ``"auto"``: where there is a
-            compiler, for runs of 10,000 steps or more whose weights are not zeroed meanwhile.
-        callbacks: Called after every epoch with an :class:`EpochEnd`; one that returns ``True``
-            ends training.
+        compile: Trace and compile the objective, which takes up to a minute and then a step about
+            half its time. On a CPU it draws the same random numbers, on CUDA others. ``"auto"``:
+            where there is a compiler, for runs of 10,000 steps or more; what cannot be compiled is
+            said, and runs as it is.
+        callbacks: Called after every epoch with an :class:`EpochEnd`, on every device's process;
+            one that returns ``True`` ends training.
         seed: Makes the run reproducible and leaves the global random state as it was. None
             continues the global stream.
         progress: Show a progress bar.
@@ -120,7 +127,7 @@ def fit(
         TypeError, ValueError: An argument, or the data, cannot be used; named before any training.
             What a DataLoader does not tell is compared with ``num_data`` after the first epoch.
         NonFiniteObjectiveError: The objective, or a parameter, became NaN or infinite.
-        UntraceableError: The objective cannot be compiled.
+        UntraceableError: The objective cannot be compiled, with ``compile=True``.
     """
     epochs, seed = check_count("epochs", epochs, least=0), check_seed(seed)
     rates = check_rate("lr", lr), check_rate("sigma_lr", lr if sigma_lr is None else sigma_lr)
@@ -135,13 +142,16 @@ def fit(
             f"elbo must be a TraceAnalyticKL_ELBO, but is {elbo!r}.\n"
             "  Try pyro.infer.SVI, which takes any ELBO."
         )
-    where = choose_device(device)
-    check_precision(precision, where)
+    fabric = make_fabric(device, devices, num_nodes, precision)
+    where, ranks = fabric.device, Ranks(fabric)
     dtype = torch.float64 if precision == "64-true" else None
     known = model.num_data if isinstance(model, BayesianNetwork) else None
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        if ranks.count > 1:  # the same order of the data everywhere, and noise of their own
+            order = ranks.agree(seed if seed is not None else int(torch.randint(2**62, ())))
+            seed = (order + ranks.rank) % 2**63
         stack.enter_context(random_state(seed, where))
         stack.enter_context(local_parameters())
         stack.enter_context(denormals_flushed(where))
@@ -150,8 +160,16 @@ def fit(
         check_batch(first, "train", 1)
         check_model(model, first)
         model, guide = _own_copies(model, guide, first, where, dtype)
-        posterior = Posterior(model, guide, threshold=threshold)
-        objective = Objective(model, guide, elbo or TraceAnalyticKL_ELBO())
+        elbo = elbo or TraceAnalyticKL_ELBO()
+        posterior = Posterior(model, guide, threshold=threshold, drawn=elbo.drawn)
+        num_data = model.num_data if isinstance(model, BayesianNetwork) else batches.num_data
+        objective = Objective(model, guide, elbo, scale=1 / (num_data or 1))
+        if ranks.count > 1:
+            if isinstance(batches, TensorBatches):
+                batches.share(ranks.rank, ranks.count, order % 2**63)
+            elif isinstance(batches, LoaderBatches):
+                batches.share(fabric.setup_dataloaders(batches.loader, move_to_device=False))
+            freeze_unused(objective, first)
         compiled = wants_compilation(
             compile,
             device=where,
@@ -160,18 +178,19 @@ def fit(
         )
         check = BatchCheck(posterior, batches, first, "train")
         check_last_batch(posterior, batches, first)
+        if prune_while_training:
+            check_pruning(guide)
         held_out = _held_out(validation, posterior, where, dtype)
         if not isinstance(model, BayesianNetwork):
             check_parameters(objective, first)
             check_scale(model, guide, first, batches.num_data)
         run = TrainingRun(
-            fabric=Fabric(
-                accelerator=where.type,
-                devices=1 if where.index is None else [where.index],
-                **_precision(precision, where),
-            ),
+            fabric=fabric,
+            ranks=ranks,
             posterior=posterior,
-            objective=CompiledObjective(objective) if compiled else objective,
+            objective=(
+                CompiledObjective(objective, required=compile is True) if compiled else objective
+            ),
             batches=batches,
             check=check if isinstance(batches, LoaderBatches) else None,
             validation=held_out,
@@ -183,14 +202,9 @@ def fit(
             callbacks=callbacks,
         )
         run.train(progress)
+        if isinstance(model, BayesianNetwork):
+            model.start_from(guide.median())  # a new guide for it goes on from here
     return posterior
-
-
-def _precision(precision: str, device: torch.device) -> dict[str, Any]:
-    """Fabric's arguments: an object for mixed precision, which Fabric else announces."""
-    if precision in ("bf16-mixed", "16-mixed"):
-        return {"plugins": MixedPrecision(precision, device.type)}  # type: ignore[arg-type]
-    return {"precision": precision}
 
 
 def _own_copies(

@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from bayes_svdo.inference.batches import Batches
 from bayes_svdo.inference.checks import BatchCheck
 from bayes_svdo.inference.compiled import CompiledObjective
+from bayes_svdo.inference.devices import Ranks
 from bayes_svdo.inference.history import Row
 from bayes_svdo.inference.objective import Objective
 from bayes_svdo.inference.posterior import Posterior
@@ -74,6 +76,7 @@ class TrainingRun:
         self,
         *,
         fabric: Fabric,
+        ranks: Ranks,
         posterior: Posterior,
         objective: Objective | CompiledObjective,
         batches: Batches,
@@ -86,7 +89,8 @@ class TrainingRun:
         prune_while_training: bool,
         callbacks: Sequence[Callback],
     ) -> None:
-        self.fabric, self.posterior, self.batches, self.check = fabric, posterior, batches, check
+        self.fabric, self.ranks, self.posterior = fabric, ranks, posterior
+        self.batches, self.check = batches, check
         self.validation, self.epochs, self.rates = validation, epochs, rates
         self.lr_schedule, self.kl_warmup = lr_schedule, kl_warmup
         self.prune_while_training, self.callbacks = prune_while_training, callbacks
@@ -101,8 +105,8 @@ class TrainingRun:
         self.kl_weight = 0.0
         # A graph takes a tensor; this one yields to the dtype of what it multiplies.
         self._kl_weight = torch.zeros((), dtype=torch.float64, device=fabric.device)
-        # Reading a step's objective makes a CPU wait for the GPU.
-        self.delayed = self.fabric.device.type != "cpu"
+        # Reading a step's objective makes a CPU wait for the GPU, or for other ranks.
+        self.delayed = fabric.device.type != "cpu" or ranks.count > 1
 
     def _optimizer(self, objective: Objective | CompiledObjective) -> torch.optim.Optimizer:
         sigma = self.core.guide.sigma_parameters()
@@ -119,7 +123,8 @@ class TrainingRun:
         """All epochs, or until a callback or Ctrl-C ends it."""
         posterior = self.posterior
         posterior.stopped_because = f"all {self.epochs} epochs were done"
-        with tqdm(total=self.epochs, unit="epoch", disable=not progress) as bar:
+        shown = progress and self.ranks.rank == 0
+        with tqdm(total=self.epochs, unit="epoch", disable=not shown) as bar:
             try:
                 for epoch in range(1, self.epochs + 1):
                     row = self._epoch(epoch)
@@ -128,7 +133,7 @@ class TrainingRun:
                     bar.update()
                     end = EpochEnd(epoch, row, posterior)
                     answers = [callback(end) for callback in self.callbacks]
-                    if any(map(_is_true, answers)):
+                    if self.ranks.any(any(map(_is_true, answers))):
                         posterior.stopped_because = f"a callback ended training at epoch {epoch}"
                         break
             except KeyboardInterrupt:
@@ -163,17 +168,30 @@ class TrainingRun:
                 self._check_finite(record[-1:], epoch, step)
             elif len(record) % _STEPS_BETWEEN_READS == 0:
                 self._check_finite(record[-_STEPS_BETWEEN_READS:], epoch, step)
-            self.fabric.backward(terms[0] / (self.num_data or 1))
+            self.fabric.backward(terms[0])
             self.optimizer.step()
         if not record:
             raise ValueError(f"train gives no batches in epoch {epoch}.")
         self._check_finite(record[-_STEPS_BETWEEN_READS:], epoch, len(record) - 1)
         self._check_parameters_finite(epoch, len(record))
-        if epoch == 1:
+        if epoch == 1 and self.ranks.count == 1:
             self._check_num_data(sum(sizes))
         self.steps = len(record)
         self.steps_done += len(record)
-        return self._row(epoch, torch.stack(record), score, sizes, started)
+        self._average_statistics()
+        terms = self.ranks.mean(torch.stack(record))
+        score = self.ranks.mean(score / sum(sizes))
+        return self._row(epoch, terms, score, sizes, started)
+
+    @torch.no_grad()
+    def _average_statistics(self) -> None:
+        """Batch normalisation has seen other data on every rank."""
+        if self.ranks.count > 1 and isinstance(self.posterior.model, BayesianNetwork):
+            for module in self.posterior.model.net.modules():
+                if isinstance(module, _BatchNorm) and module.track_running_stats:
+                    for value in (module.running_mean, module.running_var):
+                        if value is not None:
+                            value.copy_(self.ranks.mean(value))
 
     def _check_num_data(self, seen: int) -> None:
         """Refuse the number of data points that a first epoch has disproved."""
@@ -201,7 +219,7 @@ class TrainingRun:
 
     def _check_finite(self, record: Sequence[Tensor], epoch: int, last: int) -> None:
         """Refuse terms that are not finite; the last ones are those of step ``last``, from 0."""
-        terms = torch.stack(list(record))
+        terms = self.ranks.mean(torch.stack(list(record)))
         finite = terms.isfinite()
         if finite.all():
             return
@@ -274,19 +292,19 @@ class TrainingRun:
             "step": self.steps_done,
             "nll": sum(means[name] for name in self.core.observed) / num_data,
             "kl": sum(means[name] for name in self.core.latent),
-            "objective": means[""] / num_data,
+            "objective": means[""],
             "kl_weight": float(self.kl_weight * self.core.elbo.kl_weight),
             "lr": self.optimizer.param_groups[0]["lr"],
         }
         model = posterior.model
         if isinstance(model, BayesianNetwork):
-            row[model.likelihood.metric.lower()] = model.likelihood.reduce(score[None] / sum(sizes))
+            row[model.likelihood.metric.lower()] = model.likelihood.reduce(score[None])
         row |= {f"kl/{name}": means[name] for name in self.core.latent}
         total, nonzero = 0, 0
-        for name, log_alpha in posterior.log_alpha().items():
-            kept = int((log_alpha < posterior.threshold).sum())
-            row[f"sparsity/{name}"] = 100.0 * (1 - kept / log_alpha.numel())
-            total, nonzero = total + log_alpha.numel(), nonzero + kept
+        for name, pruned in posterior.guide.is_pruned(posterior.threshold).items():
+            kept = int((~pruned).sum())
+            row[f"sparsity/{name}"] = 100.0 * (1 - kept / pruned.numel())
+            total, nonzero = total + pruned.numel(), nonzero + kept
         row["nonzero"] = nonzero
         row["compression"] = total / nonzero if nonzero else math.inf
         if self.validation is not None:

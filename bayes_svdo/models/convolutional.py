@@ -21,8 +21,8 @@ def lenet_5_caffe(in_features: int = 784, num_classes: int = 10) -> nn.Sequentia
         num_classes: Number of outputs.
 
     Returns:
-        A module from inputs of shape ``(M, ...)`` with 784 numbers each to ``(M, num_classes)``. Its
-        attribute ``spec`` holds the arguments of :func:`~bayes_svdo.models.build` that build it
+        A module from inputs of shape ``(M, ...)`` with 784 numbers each to ``(M, num_classes)``.
+        Its attribute ``spec`` holds the arguments of :func:`~bayes_svdo.models.build` that build it
         again.
 
     Raises:

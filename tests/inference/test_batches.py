@@ -360,3 +360,18 @@ def test_batches_of_a_loader_go_to_the_gpu() -> None:
     batches = make_batches(loader(batch_size=4), None, torch.device("cuda", 0), "train")
     assert isinstance(batches, LoaderBatches)
     assert all(value.is_cuda for value in next(iter(batches)))
+
+
+def test_ranks_share_the_data_in_parts_of_one_length():
+    seen = []
+    for rank in range(3):
+        batches = make((X, Y), 2)
+        batches.share(rank, 3, seed=7)
+        part = [y for _, y in batches]
+        assert len(part) == len(batches)
+        assert torch.cat(part).shape == (-(-len(X) // 3),)
+        assert len(part[-1]) == batches.last_size
+        seen.append(torch.cat(part))
+    counts = torch.cat(seen).bincount(minlength=len(X))
+    assert counts.min() == 1  # all of them come,
+    assert counts.sum() == 3 * len(seen[0])  # and as few as it takes twice

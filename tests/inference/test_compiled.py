@@ -62,6 +62,18 @@ def convolutional():
     )  # fmt: skip
 
 
+class Sum(nn.Module):
+    """Two parameters that are added: autograd gives both the same gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.p, self.q = nn.Parameter(torch.randn(1, 64)), nn.Parameter(torch.randn(1, 64))
+        self.out = nn.Linear(64, 10)
+
+    def forward(self, x):
+        return self.out(x + (self.p + self.q))
+
+
 NETWORKS = {
     "dense": lambda: dense((64, 20, 10)),
     "convolutional": convolutional,
@@ -104,6 +116,29 @@ def check_equal(compiled, *batch, rtol=1e-5):
 @pytest.mark.parametrize("net", NETWORKS.values(), ids=NETWORKS)
 def test_values_and_gradients_are_those_of_the_objective(net):
     check_equal(make(net()), X, Y)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
+def test_parameters_that_are_added_have_gradients_of_their_own(backend):
+    if backend == "inductor" and not any(map(shutil.which, ("g++", "clang++"))):
+        backend = "aot_eager"
+    torch.manual_seed(0)
+    model = BayesianNetwork(Sum(), Categorical(), num_data=1000, where="out.weight")
+    guide = AdditiveNoiseGuide(model, init_log_sigma2=-3.0)
+    compiled = compile_objective(TraceAnalyticKL_ELBO(), model, guide, backend=backend)
+    gradients = []
+    for objective in (compiled, compiled.objective):
+        objective.zero_grad()
+        torch.manual_seed(5)
+        with local_parameters():
+            (objective(FULL, X, Y).loss / 32).backward()
+        net = compiled.objective.model.net
+        gradients.append((net.p.grad, net.q.grad))
+    (p, q), (other_p, other_q) = gradients
+    torch.testing.assert_close(p, other_p)
+    torch.testing.assert_close(q, other_q)
+    assert p.data_ptr() != q.data_ptr()
 
 
 @pytest.mark.usefixtures("traced_only")
@@ -290,8 +325,42 @@ def test_decompositions_are_exact_to_rounding(dtype, beta):
 
 
 def test_control_flow_that_depends_on_values_is_named():
-    with pytest.raises(UntraceableError, match=r"cannot be traced(.|\n)*output\.sum\(\) > 0"):
+    with pytest.raises(UntraceableError, match=r"cannot be compiled(.|\n)*output\.sum\(\) > 0"):
         make(Branching()).prepare(FULL, X, Y)
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_what_cannot_be_compiled_runs_as_it_is_if_that_is_allowed(monkeypatch):
+    data, model = (X, Y), BayesianNetwork(Branching(), Categorical(), num_data=30)
+    settings = {"epochs": 2, "batch_size": 10, "seed": 0, "progress": False}
+    expected = fit(model, data, compile=False, **settings)
+    with pytest.raises(UntraceableError):
+        fit(model, data, compile=True, **settings)
+    monkeypatch.setattr(module, "_WORTH_COMPILING", 6)
+    with pytest.warns(UserWarning, match=r"cannot be compiled(.|\n)*output\.sum\(\) > 0") as said:
+        found = fit(model, data, **settings)
+    assert len(said) == 1
+    assert torch.equal(found.means()["inner.weight"], expected.means()["inner.weight"])
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_another_num_data_is_another_graph():
+    compiled = make(dense((64, 20, 10)))
+    first, _ = evaluate(compiled, FULL, X, Y)
+    compiled.objective.model.num_data *= 2
+    second, _ = evaluate(compiled, FULL, X, Y)
+    torch.testing.assert_close(second.terms[0], 2 * first.terms[0])
+
+
+def test_the_loss_is_scaled_and_the_terms_are_not():
+    compiled = make(dense((64, 20, 10)))
+    plain, gradients = evaluate(compiled.objective, FULL, X, Y)
+    compiled.objective.scale = 0.001
+    scaled, others = evaluate(compiled.objective, FULL, X, Y)
+    assert torch.equal(scaled.terms, plain.terms)
+    torch.testing.assert_close(scaled.loss, 0.001 * plain.loss)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], 0.001 * gradient)
 
 
 def options(**changes):

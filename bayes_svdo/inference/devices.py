@@ -1,0 +1,125 @@
+"""One device, several, or several machines: Lightning Fabric, as ``fit`` uses it.
+
+Every rank runs the same program on its part of the data. It keeps the whole KL and ``num_data``
+over its own batch times its log likelihood; gradients are averaged, so that the KL counts once.
+"""
+
+from __future__ import annotations
+
+import os
+from inspect import signature
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning_fabric.strategies.ddp import DDPStrategy
+from torch.nn.parallel import DistributedDataParallel
+
+from bayes_svdo.inference.arguments import check_count, check_precision, choose_device
+
+# Buffers are masks of weights, which are equal on all ranks anyway.
+_NO_SYNC: dict[str, Any] = {"forward_sync_buffers": False}
+if "forward_sync_buffers" not in signature(DistributedDataParallel).parameters:
+    _NO_SYNC = {"broadcast_buffers": False}  # its older name
+
+
+def make_fabric(
+    device: str | torch.device, devices: int | None, num_nodes: int, precision: str
+) -> Fabric:
+    """A launched Fabric: there are as many processes afterwards as devices in all.
+
+    Args:
+        device: Kind of device, or one of several GPUs where there is one process.
+        devices: Processes on this machine; None: as many as ``torchrun`` or ``fabric run`` started,
+            else one.
+        num_nodes: Machines.
+        precision: See :func:`~bayes_svdo.inference.fit`.
+
+    Raises:
+        ValueError: Too many devices, or what the launcher started is not what is asked for.
+    """
+    count = None if devices is None else check_count("devices", devices)
+    nodes = check_count("num_nodes", num_nodes)
+    where = choose_device(device)
+    check_precision(precision, where)
+    numeric: dict[str, Any] = {"precision": precision}
+    if precision in ("bf16-mixed", "16-mixed"):  # as an object: Fabric else announces it
+        numeric = {"plugins": MixedPrecision(precision, where.type)}  # type: ignore[arg-type]
+    if os.environ.get("LT_CLI_USED"):  # `fabric run` says all else, and has launched
+        return Fabric(**numeric)
+    count, nodes = _launched(count, nodes)
+    one = count * nodes == 1
+    if not one and where.type == "cuda":
+        _check_gpus(device, count)
+    fabric = Fabric(
+        accelerator=where.type,
+        devices=[where.index] if one and where.index is not None else count,
+        num_nodes=nodes,
+        strategy="auto" if one else DDPStrategy(**_NO_SYNC),
+        **numeric,
+    )
+    fabric.launch()
+    return fabric
+
+
+def _launched(count: int | None, nodes: int) -> tuple[int, int]:
+    """Processes per machine and machines, as ``torchrun`` has started them if it has."""
+    if not TorchElasticEnvironment.detect():
+        return count or 1, nodes
+    local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+    if count is not None and count != local:
+        raise ValueError(
+            f"devices is {count}, but torchrun has started {local} processes on this machine.\n"
+            f"  Try leaving devices out, or torchrun --nproc-per-node={count}."
+        )
+    return local, world // local
+
+
+def _check_gpus(device: str | torch.device, count: int) -> None:
+    if torch.device("cuda" if device == "auto" else device).index is not None:
+        raise ValueError(f'device "{device}" is one GPU, but devices is {count}.')
+    found = torch.cuda.device_count()
+    if count > found:
+        raise ValueError(f"devices is {count}, but this machine has {found} CUDA devices.")
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that speaks and writes."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return True
+    return bool(distributed.get_rank() == 0)
+
+
+class Ranks:
+    """What the processes of a run tell each other; of one alone, nothing."""
+
+    def __init__(self, fabric: Fabric) -> None:
+        self._fabric = fabric
+        self.rank, self.count = fabric.global_rank, fabric.world_size
+
+    def agree(self, value: Any) -> Any:
+        """The first rank's value, on all of them."""
+        return self._fabric.broadcast(value) if self.count > 1 else value
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean over the ranks."""
+        return self._reduced(values, "mean")
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks."""
+        return self._reduced(values, "sum")
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on some rank."""
+        if self.count == 1:
+            return flag
+        return bool(self.total(torch.tensor(float(flag), device=self._fabric.device)) > 0)
+
+    def _reduced(self, values: torch.Tensor, how: str) -> torch.Tensor:
+        if self.count == 1:
+            return values
+        reduced: torch.Tensor = self._fabric.all_reduce(values, reduce_op=how)  # type: ignore[assignment]
+        return reduced
