@@ -6,6 +6,7 @@ import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from bayes_svdo.experiments import files
@@ -28,6 +29,12 @@ def write_json(path: Path, content: object) -> None:
     """Write all of it or nothing, with null for inf and NaN, which JSON does not have."""
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(path, content)
+
+
+def mean_and_sd(values: list[float], digits: int) -> str:
+    """A cell of a table: the mean, and the standard deviation in brackets."""
+    spread = f" ({stdev(values):.{digits}f})" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{spread}"
 
 
 def _cpu() -> str:

@@ -20,12 +20,12 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from environment import RESULTS, environment, write_json
+from environment import RESULTS, environment, mean_and_sd, write_json
 from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import ARDRegression, LassoCV, LinearRegression
@@ -183,7 +183,7 @@ def table(runs: list[dict[str, Any]], seeds: int) -> str:
                 lines.append(f"| {method} | no maximum, or undefined | | | | | |")
                 continue
             cells = [
-                _cell([s[key] for s in scores], digits)
+                mean_and_sd([s[key] for s in scores], digits)
                 for key, digits in (
                     ("nonzero", 1), ("f1", 2), ("recall", 2), ("rmse", 3),
                     ("test_log_likelihood", 3),
@@ -193,11 +193,6 @@ def table(runs: list[dict[str, Any]], seeds: int) -> str:
             lines.append(f"| {method} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
-
-
-def _cell(values: list[float], digits: int) -> str:
-    spread = f" ({stdev(values):.{digits}f})" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{spread}"
 
 
 def main() -> None:

@@ -29,12 +29,12 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from environment import RESULTS, environment, write_json
+from environment import RESULTS, environment, mean_and_sd, write_json
 from numpy.typing import NDArray
 from sklearn.datasets import load_diabetes
 from sklearn.exceptions import ConvergenceWarning
@@ -208,18 +208,13 @@ def table(runs: list[dict[str, Any]]) -> str:
             if not scores:
                 continue
             cells = [
-                _cell([s[key] for s in scores], digits)
+                mean_and_sd([s[key] for s in scores], digits)
                 for key, digits in (("nonzero", 1), ("rmse", 3), ("test_log_likelihood", 3))
             ]
             cells.append(f"{mean(r['seconds'] for r in mine):.2g}")
             lines.append(f"| {method} | {len(scores)} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
-
-
-def _cell(values: list[float], digits: int) -> str:
-    spread = f" ({stdev(values):.{digits}f})" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{spread}"
 
 
 def main() -> None:

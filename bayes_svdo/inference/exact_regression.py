@@ -30,14 +30,13 @@ from torch import Tensor
 from bayes_svdo.inference.exact_regression_alternation import alternate, prune
 from bayes_svdo.inference.exact_regression_ascent import (
     Problems,
-    Progress,
     State,
     evaluate,
-    first_progress,
     iterate,
+    join,
     start,
 )
-from bayes_svdo.inference.exact_regression_curves import KL, kl_function
+from bayes_svdo.inference.exact_regression_curves import KL
 from bayes_svdo.inference.exact_regression_data import (
     DegenerateObjectiveError,
     Method,
@@ -78,7 +77,8 @@ class VDARDRegression:
         n_iter: Iterations of the chosen start, (...).
         converged: Whether it stopped because nothing more was to gain, (...).
         starts: The names of the starts that were tried.
-        start_elbo: The objective each of them reached, (..., S).
+        start_elbo: The objective each of them reached, (..., S). Starts that came close to each
+            other went on as the better one.
         x_mean: Mean of each feature, (..., D); 0 without an intercept.
         num_data: Number of observations N.
         fit_intercept: Whether there is an intercept.
@@ -188,7 +188,7 @@ def fit_vdard_regression(
         min_noise: Smallest standard deviation of the noise that may be learned, as a fraction of
             the standard deviation of ``y``. With 0, a perfect fit is an error.
         max_iter: Largest number of iterations per start.
-        tol: Stop when an iteration gains less than this many nats per observation; default 1e-10,
+        tol: Stop when an iteration gains less than this many nats per observation; default 1e-9,
             in float32 1e-6.
         dtype: float64 or float32: what is computed in, and the dtype of the result.
 
@@ -227,11 +227,11 @@ def fit_vdard_regression(
         problems = problems_of(data, degrees, weight, precision, min_noise, kl)
         if precision is None and min_noise == 0 and weight <= 1 and dim >= degrees:
             check_interpolation(problems)
-        rate = (1e-10 if dtype == torch.float64 else 1e-6) if tol is None else tol
+        rate = (1e-9 if dtype == torch.float64 else 1e-6) if tol is None else tol
         run = _run(problems, names, method, max_iter, rate * num_data)
         if method == "alternating":
             run = _pruned(problems, run)
-        found = _best(problems, data, run, kl, num_data if fit_intercept else None)
+        found = _best(problems, data, run, num_data if fit_intercept else None)
     # Cloned outside of inference mode: a user may go on with autograd.
     batch = x.shape[1:-2]
     shaped = {name: value.clone().view((*batch, *value.shape[1:])) for name, value in found.items()}
@@ -250,49 +250,54 @@ class _Run(NamedTuple):
     """Where every start of every problem ended, and how it got there."""
 
     log_alpha: Tensor  # (B, S, D)
-    trace: Tensor  # (B, S, T)
+    loc: Tensor  # (B, S, D)
+    residual: Tensor  # (B, S, M)
+    noise_precision: Tensor  # (B, S)
     n_iter: Tensor  # (B, S)
     converged: Tensor  # (B, S)
+    trace: Tensor  # (B, S, T)
 
-    def store(self, index: Tensor, log_alpha: Tensor, n_iter: Tensor, converged: Tensor) -> None:
+    def store(self, index: Tensor, state: State, *progress: Tensor) -> None:
         """Write the rows of the problems at ``index``."""
-        self.log_alpha[index], self.n_iter[index] = log_alpha, n_iter
-        self.converged[index] = converged
+        found = (state.log_alpha, state.loc, state.residual, state.noise_precision, *progress)
+        for field, rows in zip(self, found, strict=False):
+            field[index] = rows
 
 
 def _run(
     problems: Problems, names: tuple[str, ...], method: Method, max_iter: int, tolerance: float
 ) -> _Run:
     state = start(problems, names)
-    progress = first_progress(state)
+    finished = torch.zeros_like(state.elbo, dtype=torch.bool)
     learns_noise = problems.noise_precision is None and math.isinf(problems.largest_noise_precision)
-    index = torch.arange(len(state.elbo), device=state.elbo.device)  # problems still at work
+    num = len(state.elbo)
+    index = torch.arange(num, device=state.elbo.device)  # problems still at work
     n_iter = torch.zeros_like(state.elbo, dtype=torch.long)
     trace = [(index, state.elbo)]
-    run = _Run(state.log_alpha.clone(), state.elbo, n_iter.clone(), progress.finished.clone())
+    ends = (state.log_alpha, state.loc, state.residual, state.noise_precision, n_iter, finished)
+    run = _Run._make((*map(torch.empty_like, ends), state.elbo))
     for _ in range(max_iter):
-        n_iter += ~progress.finished
+        n_iter += ~finished
         if method == "joint":
-            state, progress = iterate(problems, state, progress, tolerance)
+            state, finished = join(*iterate(problems, state, finished, tolerance))
             trace.append((index, state.elbo))
         else:
             before = state.elbo
             state, objectives = alternate(problems, state)
-            stopped = progress.finished | (state.elbo - before <= tolerance)
-            progress = progress._replace(finished=stopped)
+            finished = finished | (state.elbo - before <= tolerance)
             trace += [(index, elbo) for elbo in objectives]
         if learns_noise:
-            check_noise(problems, state, index, len(run.trace))
-        live = ~progress.finished.all(-1)
+            check_noise(problems, state, index, num)
+        live = ~finished.all(-1)
         num_live = int(live.sum())
         if num_live <= len(live) // 2:  # so that a few slow problems do not hold up the others
-            run.store(index, state.log_alpha, n_iter, progress.finished)
+            run.store(index, state, n_iter, finished)
             if num_live == 0:
                 return run._replace(trace=_joined(trace))
             problems, index, n_iter = problems.take(live), index[live], n_iter[live]
             state = State(*(field[live] for field in state))
-            progress = Progress(*(field[live] for field in progress))
-    run.store(index, state.log_alpha, n_iter, progress.finished)
+            finished = finished[live]
+    run.store(index, state, n_iter, finished)
     return run._replace(trace=_joined(trace))
 
 
@@ -300,35 +305,31 @@ def _joined(trace: list[tuple[Tensor, Tensor]]) -> Tensor:  # (B, S, T)
     """The objectives of all problems, each with its last value repeated."""
     values = [trace[0][1]]
     for index, elbo in trace[1:]:
-        values.append(values[-1].index_copy(0, index, elbo))
+        last = values[-1]
+        values.append(last.index_copy(0, index, elbo.expand(-1, last.shape[1])))
     return torch.stack(values, -1)
 
 
 def _pruned(problems: Problems, run: _Run) -> _Run:
     """The pruning rule, applied where the alternation has come to rest."""
     state = prune(problems, evaluate(problems, run.log_alpha))
-    trace = torch.cat((run.trace, state.elbo[..., None]), -1)
-    return run._replace(log_alpha=state.log_alpha, trace=trace)
+    run.store(torch.arange(len(run.trace), device=run.trace.device), state)
+    return run._replace(trace=torch.cat((run.trace, state.elbo[..., None]), -1))
 
 
 def _best(
-    problems: Problems, data: NaturalUnits, run: _Run, kl: KL, integrated: int | None
+    problems: Problems, data: NaturalUnits, run: _Run, integrated: int | None
 ) -> dict[str, Tensor]:
     """The best start of each problem, in the units of the data."""
-    state = evaluate(problems, run.log_alpha)
-    # The ascent reads the KL from a table; what is reported does not.
-    tabulated = state.active_kl.sum(-1)
-    exact = state.elbo + problems.kl_weight * (tabulated - kl_function(kl)(run.log_alpha).sum(-1))
     units = -problems.num_data * data.y_scale.log()
     if integrated is not None:
         units = units - 0.5 * math.log(integrated)
-    start_elbo = exact + units[:, None]
+    start_elbo = run.trace[..., -1] + units[:, None]
 
     best = start_elbo.argmax(-1)
     rows = torch.arange(len(best), device=best.device)
-    log_alpha, loc = run.log_alpha[rows, best], state.loc[rows, best]
-    beta = state.noise_precision[rows, best]
-    correlation = (state.residual[rows, best][:, None] @ problems.x_rows.mT)[:, 0]
+    log_alpha, loc, residual, beta, n_iter, converged, trace = (field[rows, best] for field in run)
+    correlation = (residual[:, None] @ problems.x_rows.mT)[:, 0]
     scale = data.y_scale[:, None] / data.x_scale
     sigma2 = torch.where(log_alpha.isfinite(), log_alpha.exp() * (loc * scale).square(), 0.0)
     return {
@@ -339,9 +340,9 @@ def _best(
         "intercept": data.y_mean - (data.x_mean * loc * scale).sum(-1),
         "beta": beta / data.y_scale.square(),
         "elbo": start_elbo[rows, best],
-        "elbo_trace": run.trace[rows, best] + units[:, None],
-        "n_iter": run.n_iter[rows, best],
-        "converged": run.converged[rows, best],
+        "elbo_trace": trace + units[:, None],
+        "n_iter": n_iter,
+        "converged": converged,
         "start_elbo": start_elbo,
         "x_mean": data.x_mean,
     }

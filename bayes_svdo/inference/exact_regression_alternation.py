@@ -23,7 +23,7 @@ def alternate(problems: Problems, state: State) -> tuple[State, list[Tensor]]:
     """One iteration; ``alpha``, then ``loc``, then ``beta``, and the ELBO after each, (B, S)."""
     energy = 0.5 * state.noise_precision[..., None] * state.loc.square() / problems.kl_weight
     log_alpha = problems.curves.log_alpha_given_loc(energy)
-    kl = problems.curves.kl.within(log_alpha).sum(-1)
+    kl = problems.curves.kl(log_alpha).sum(-1)
 
     noise = torch.where(log_alpha.isfinite(), log_alpha.exp() * state.loc.square(), 0.0)
     error = state.residual.square().sum(-1) + noise.sum(-1)
@@ -44,5 +44,5 @@ def prune(problems: Problems, state: State) -> State:
 
 
 def _joint_optima(problems: Problems, state: State) -> Tensor:  # (B, S, D)
-    joint = find_moves(problems, state, search=False).joint
+    joint = find_moves(problems, state).joint
     return state.log_alpha.scatter(-1, state.active, joint)

@@ -67,7 +67,7 @@ def optimal_log_alpha(relevance: Tensor, kl: KL = "exact") -> Tensor:  # (*shape
     """
     excess = (relevance.double() - 1).clamp_min(0).nan_to_num(0.0, torch.inf)
     curves = tabulate(kl, torch.float64, relevance.device)
-    start = curves.optimal_log_alpha(excess)
+    start = curves.optimal_log_alpha(excess).masked_fill_(excess == torch.inf, -torch.inf)
     kept = start.isfinite()  # neither pruned nor, with infinite relevance, without noise
     log_alpha = torch.where(kept, start, 0.0)
     low, high = log_alpha - 1e-3, log_alpha + 1e-3
@@ -87,38 +87,26 @@ class Curve(NamedTuple):
 
     start: float
     width: float
-    coefficients: Tensor  # (cells, 4), ascending powers of the position in the cell
+    coefficients: Tensor  # (cells + 2, 4), ascending powers; the line below, cells, the line above
+
+    def _piece(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The position of x in its cell, and the cell's coefficients."""
+        position = (x - (self.start - self.width)) / self.width
+        largest = torch.finfo(x.dtype).max / 4
+        position.clamp_(-largest, largest)  # inf times a slope of 0 would be NaN
+        cell = position.floor().clamp_(0, self.coefficients.shape[0] - 1)
+        return position.sub_(cell), self.coefficients[cell.long()].unbind(-1)
 
     def __call__(self, x: Tensor) -> Tensor:  # (*shape) -> (*shape)
         """Its value."""
-        position = (x - self.start) / self.width
-        cell = position.floor().clamp_(0, self.coefficients.shape[0] - 1)
-        inside = position.sub_(cell)
-        c0, c1, c2, c3 = self.coefficients[cell.long()].unbind(-1)
-        u = inside.clamp(0, 1)
-        value = torch.addcmul(c2, u, c3).mul_(u).add_(c1).mul_(u).add_(c0)
-        slope_at_u = c1 + (u + u) * c2 + 3 * u * u * c3
-        return value.addcmul_(inside.sub_(u), slope_at_u)
-
-    def within(self, x: Tensor) -> Tensor:  # (*shape) -> (*shape)
-        """Its value, constant beyond the last cell, where x may be inf."""
-        position = (x - self.start) / self.width
-        cell = position.floor().clamp_(0, self.coefficients.shape[0] - 1)
-        c0, c1, c2, c3 = self.coefficients[cell.long()].unbind(-1)
-        offset = position.sub_(cell).clamp_(max=1)
-        u = offset.clamp_min(0)
-        value = torch.addcmul(c2, u, c3).mul_(u).add_(c1).mul_(u).add_(c0)
-        return value.addcmul_(offset.sub_(u), c1)
+        u, (c0, c1, c2, c3) = self._piece(x)
+        return c0.addcmul(u, c1.addcmul(u, c2.addcmul(u, c3)))
 
     def with_slope(self, x: Tensor) -> tuple[Tensor, Tensor]:  # (*shape) -> (*shape), (*shape)
-        """Its value and slope, constant beyond both ends, where x may be infinite."""
-        position = (x - self.start) / self.width
-        cell = position.floor().clamp_(0, self.coefficients.shape[0] - 1)
-        c0, c1, c2, c3 = self.coefficients[cell.long()].unbind(-1)
-        u = position.sub_(cell).clamp_(0, 1)
-        value = torch.addcmul(c2, u, c3).mul_(u).add_(c1).mul_(u).add_(c0)
-        slope = torch.addcmul(c2 + c2, u, c3, value=3).mul_(u).add_(c1)
-        return value, slope / self.width
+        """Its value and slope."""
+        u, (c0, c1, c2, c3) = self._piece(x)
+        slope = c1.addcmul(u, (c2 + c2).addcmul(u, c3, value=3))
+        return c0.addcmul(u, c1.addcmul(u, c2.addcmul(u, c3))), slope.div_(self.width)
 
 
 class Curves(NamedTuple):
@@ -149,9 +137,10 @@ def tabulate(kl: KL, dtype: torch.dtype, device: torch.device) -> Curves:
         value, h, h_slope = _value_and_slopes(function, grid)
         psi_grid = torch.linspace(_LOWEST, _HIGHEST_OF_PSI, _NUM_CELLS + 1, dtype=torch.float64)
         log_excess, excess_slope = _log_psi_minus_one(function, psi_grid)
+        below, above = grid == grid[0], grid == grid[-1]  # flat there: log_alpha may be infinite
         curves = Curves(
-            kl=_hermite(grid, value, -h),
-            negative_slope=_hermite(grid, h, h_slope),
+            kl=_hermite(grid, value, -h.masked_fill(above, 0.0)),
+            negative_slope=_hermite(grid, h, h_slope.masked_fill(below | above, 0.0)),
             by_excess=_inverse(psi_grid, log_excess, excess_slope),
             by_energy=_inverse(grid, h.log() - grid, h_slope / h - 1),
         )
@@ -186,8 +175,11 @@ def _hermite(grid: Tensor, value: Tensor, slope: Tensor) -> Curve:
     """The piecewise cubic with the given values and slopes at the nodes of an even grid."""
     width = float(grid[-1] - grid[0]) / (len(grid) - 1)
     rise, left, right = value.diff(), slope[:-1] * width, slope[1:] * width
-    cubic = (value[:-1], left, 3 * rise - 2 * left - right, left + right - 2 * rise)
-    return Curve(float(grid[0]), width, torch.stack(cubic, -1))
+    cells = torch.stack((value[:-1], left, 3 * rise - 2 * left - right, left + right - 2 * rise), 1)
+    line = torch.zeros_like(cells[:2])
+    line[0, 0], line[0, 1] = value[0] - left[0], left[0]
+    line[1, 0], line[1, 1] = value[-1], right[-1]
+    return Curve(float(grid[0]), width, torch.cat((line[:1], cells, line[1:])))
 
 
 def _inverse(x: Tensor, y: Tensor, slope: Tensor) -> Curve:

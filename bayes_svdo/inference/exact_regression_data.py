@@ -41,7 +41,8 @@ def checked_data(x: Tensor, y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
         )
     x, y = x.detach().to(dtype), y.detach().to(dtype)
     for name, value in (("x", x), ("y", y)):
-        if not value.sum().isfinite() and not value.isfinite().all():  # the sum is far cheaper
+        # The sum is far cheaper.
+        if not math.isfinite(float(value.sum())) and not value.isfinite().all():
             bad = int((~value.isfinite()).sum())
             raise ValueError(
                 f"{name} contains NaN or infinity ({bad} of {value.numel()} values).\n"

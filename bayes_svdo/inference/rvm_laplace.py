@@ -109,6 +109,7 @@ class LogisticSearch:
             The mode, the log evidence after each round, and whether the search ended by itself.
         """
         best = self._empty()
+        at_rest: LaplaceMode | None = None
         trace: list[float] = []
         broken: list[int] = []
         settled = False
@@ -118,6 +119,11 @@ class LogisticSearch:
                 if settled:
                     return best, trace, True
                 best, settled, broken = self._reestimate(best, _TIGHT_TOL), True, []
+                if at_rest and best.log_evidence < at_rest.log_evidence + tol:
+                    # The fixed point is not the maximum: what the additions since then have gained
+                    # may be lost on the way to it, and they would be made again and again.
+                    return at_rest, [*trace, at_rest.log_evidence], True
+                at_rest = best
             else:
                 new = self._reestimate(self._with(best, *candidate), _LOOSE_TOL)
                 if new.log_evidence <= best.log_evidence:

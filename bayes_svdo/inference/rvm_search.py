@@ -5,6 +5,7 @@ at a time; the gain of each action is known in closed form from ``S`` and ``Q``.
 the same actions in another order: after each addition the precisions that are in use and the noise
 are re-estimated, and deleted, jointly (:mod:`~bayes_svdo.inference.rvm_evidence`), which needs no
 pass over the data, and only then are ``S`` and ``Q`` computed for the basis functions outside.
+Where nothing more enters, one in use is exchanged for one outside if that raises the evidence.
 
 Memory is ``O(num_basis * m)`` for ``m`` basis functions that ever entered, and time
 ``O(num_data * num_basis)`` for each that enters plus ``O(num_basis m^2)`` a round; nothing is
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from bayes_svdo.inference.rvm_evidence import (
     Moments,
     NoiseRange,
     WeightPosterior,
+    deletion_gain,
     maximise_evidence,
     weight_posterior,
 )
@@ -46,6 +48,9 @@ _TIGHT_STEPS = 200
 
 # With m basis functions in use, 1 + m // _BATCH enter before the next re-estimation.
 _BATCH = 16
+
+# An exchange costs a pass over the data, and many small ones may follow each other.
+_EXCHANGE_TOLS = 10
 
 # So many candidates in a row whose promise the evidence does not keep end the search.
 MOST_BROKEN_PROMISES = 5
@@ -80,6 +85,60 @@ def best_candidate(
     index = int(ratio.argmax())
     best = float(ratio[index])
     return index, 0.5 * (best - 1 - math.log(best)) if best > 1 else 0.0
+
+
+class Exchange(NamedTuple):
+    """One basis function that leaves for another."""
+
+    leaves: int  # position, among those in use
+    enters: int  # index
+    log_alpha: float
+    gain: float  # in log evidence, nats
+
+
+def best_exchange(
+    s: Numbers,
+    q: Numbers,
+    cross: Numbers,
+    *,
+    log_alpha: Array,
+    mean: Array,
+    variance: Array,
+    least: Numbers,
+    barred: list[int],
+) -> Exchange | None:
+    """The exchange that raises the log evidence most; None if nothing could enter.
+
+    Neighbouring basis functions are nearly alike, and once one of them is in use the others have
+    little to add: without exchanges the search could not move to a better neighbour.
+
+    Args:
+        s: As in :func:`best_candidate`, and so are ``q``, ``least`` and ``barred``.
+        q: See ``s``.
+        cross: ``(m, num_basis)`` posterior covariance of the weights in use, times the inner
+            products of their basis functions with all others under the noise precision.
+        log_alpha: ``(m,)``.
+        mean: ``(m,)`` of the weights.
+        variance: ``(m,)`` of the weights.
+        least: See ``s``.
+        barred: See ``s``.
+    """
+    best = None
+    loss = deletion_gain(np.exp(log_alpha) * variance, np.exp(log_alpha) * mean**2)
+    for position, row in enumerate(cross):
+        v = float(variance[position])
+        s_left, q_left = s + row * row / v, q + row * (float(mean[position]) / v)
+        index, gain = best_candidate(s_left, q_left, least=least, barred=barred)
+        total = gain + float(loss[position])
+        if gain > 0 and (best is None or total > best.gain):  # else nothing is worth its place
+            level = optimal_log_alpha(float(s_left[index]), float(q_left[index]))
+            best = Exchange(position, index, level, total)
+    return best
+
+
+def optimal_log_alpha(s: float, q: float) -> float:
+    """Log precision of the highest evidence, for ``q² > s``; Tipping and Faul (2003), eq. 20."""
+    return math.log(s) - math.log(q * q / s - 1)
 
 
 class ActiveSet:
@@ -148,6 +207,53 @@ class ActiveSet:
             Their optimal log precisions; empty when none raises the evidence by ``tol``.
         """
         beta = math.exp(posterior.log_beta)
+        spanned, s, q = self._factors(posterior)
+        least = self._least_part * beta
+        log_alphas: list[float] = []
+        while len(log_alphas) < most:
+            best, gain = best_candidate(s, q, least=least, barred=self.indices + self._barred)
+            if gain < tol:
+                break
+            # Those that enter together must be of comparable worth.
+            tol = max(tol, 0.1 * gain)
+            s_best, q_best = float(s[best]), float(q[best])
+            log_alphas.append(optimal_log_alpha(s_best, q_best))
+            alpha = math.exp(log_alphas[-1])
+            self.indices.append(best)
+            if len(log_alphas) == most:
+                break
+            # One more row of the Cholesky factor, and what it takes from every candidate.
+            row = beta * self._rows([best])[0] - spanned[:, best] @ spanned
+            row /= math.sqrt(alpha + s_best)
+            spanned = _stacked([spanned, row[None]])
+            q -= row * (q_best / math.sqrt(alpha + s_best))
+            s -= row * row
+        return log_alphas
+
+    def best_exchange(self, posterior: WeightPosterior) -> Exchange | None:
+        """The exchange that raises the evidence most."""
+        spanned, s, q = self._factors(posterior)
+        whitener: Numbers = posterior.whitener
+        if isinstance(spanned, Tensor):
+            whitener = torch.from_numpy(whitener).to(spanned.device)
+        return best_exchange(
+            s,
+            q,
+            whitener.T @ spanned,
+            log_alpha=posterior.log_alpha,
+            mean=posterior.mean,
+            variance=posterior.covariance.diagonal(),
+            least=self._least_part * math.exp(posterior.log_beta),
+            barred=self.indices,
+        )
+
+    def exchange(self, position: int, index: int) -> None:
+        """Put ``index`` in the place of the basis function at ``position``."""
+        self.indices[position] = index
+
+    def _factors(self, posterior: WeightPosterior) -> tuple[Numbers, Numbers, Numbers]:
+        """The whitened products with all basis functions, ``(m, num_basis)``, and S and Q."""
+        beta = math.exp(posterior.log_beta)
         # One product for what S and Q need: the whitened rows, and the moment that is left.
         size = len(self.indices)
         combine: Numbers = np.zeros((size + 1, size + 1))
@@ -159,28 +265,7 @@ class ActiveSet:
             combine = torch.from_numpy(combine).to(products.device)
         combined = combine @ products
         spanned, q = combined[:size], combined[size]
-        s = beta - (spanned * spanned).sum(0)
-        least = self._least_part * beta
-        log_alphas: list[float] = []
-        while len(log_alphas) < most:
-            best, gain = best_candidate(s, q, least=least, barred=self.indices + self._barred)
-            if gain < tol:
-                break
-            # Those that enter together must be of comparable worth.
-            tol = max(tol, 0.1 * gain)
-            s_best, q_best = float(s[best]), float(q[best])
-            alpha = s_best / (q_best**2 / s_best - 1)
-            self.indices.append(best)
-            log_alphas.append(math.log(alpha))
-            if len(log_alphas) == most:
-                break
-            # One more row of the Cholesky factor, and what it takes from every candidate.
-            row = beta * self._rows([best])[0] - spanned[:, best] @ spanned
-            row /= math.sqrt(alpha + s_best)
-            spanned = _stacked([spanned, row[None]])
-            q -= row * (q_best / math.sqrt(alpha + s_best))
-            s -= row * row
-        return log_alphas
+        return spanned, beta - (spanned * spanned).sum(0), q
 
     def _rows(self, indices: list[int]) -> Numbers:  # -> (len(indices), num_basis)
         """Inner products of ``indices`` with all basis functions, kept once computed."""
@@ -234,7 +319,10 @@ def search(
         most = 1 + len(active.indices) // _BATCH
         new = active.add_best(posterior, most, tol) if broken < MOST_BROKEN_PROMISES else []
         if not new and settled:
-            return posterior, trace, True
+            exchanged = _exchanged(active, posterior, tol)
+            if exchanged is None:
+                return posterior, trace, True
+            posterior, settled = exchanged, False
         data, start = active.moments(), posterior
         if new:
             grown = weight_posterior(data, np.append(start.log_alpha, new), start.log_beta)
@@ -256,3 +344,20 @@ def search(
         active.keep(kept)
         trace.append(posterior.log_evidence)
     return posterior, trace, False
+
+
+def _exchanged(active: ActiveSet, posterior: WeightPosterior, tol: float) -> WeightPosterior | None:
+    """The posterior after the best exchange; None if it is not worth it."""
+    best = active.best_exchange(posterior)
+    if best is None or best.gain < _EXCHANGE_TOLS * tol:
+        return None
+    before = active.indices[best.leaves]
+    log_alpha = posterior.log_alpha.copy()
+    log_alpha[best.leaves] = best.log_alpha
+    active.exchange(best.leaves, best.enters)
+    new = weight_posterior(active.moments(), log_alpha, posterior.log_beta)
+    # As with those that enter: what the evidence does not keep was rounding.
+    if new is not None and new.log_evidence >= posterior.log_evidence + 0.5 * tol:
+        return new
+    active.exchange(best.leaves, before)
+    return None

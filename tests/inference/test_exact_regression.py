@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from typing import get_args
 
 import mpmath
-import numpy as np
 import pyro
 import pytest
 import torch
 from pyro import distributions as dist
 from pyro.infer import SVI, TraceMeanField_ELBO
 from pyro.optim import ClippedAdam
-from scipy import stats
 from sklearn.datasets import load_diabetes
-from sklearn.preprocessing import PolynomialFeatures
 from torch import Tensor
 
 from bayes_svdo.distributions import AdditiveNoiseNormal, LogUniform
-from bayes_svdo.inference import exact_regression_ascent as ascent
 from bayes_svdo.inference.exact_regression import (
-    DegenerateObjectiveError,
     VDARDRegression,
     fit_vdard_regression,
 )
@@ -29,11 +24,9 @@ from bayes_svdo.inference.exact_regression_curves import (
     KL,
     kl_function,
     optimal_log_alpha,
-    tabulate,
 )
-from bayes_svdo.inference.exact_regression_data import natural_units, problems_of
 
-KLS: tuple[KL, ...] = ("exact", "molchanov2017", "poster2016", "empirical_bayes")
+KLS = get_args(KL)
 DEVICES = [
     "cpu",
     pytest.param(
@@ -44,20 +37,6 @@ DEVICES = [
         ],
     ),
 ]
-
-
-def problem(
-    num: int = 80, dim: int = 12, seed: int = 0, correlation: float = 0.5, noise: float = 0.7
-) -> tuple[Tensor, Tensor]:
-    """Correlated columns, three of which matter."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(num, dim, generator=generator, dtype=torch.float64)
-    for d in range(1, dim):
-        x[:, d] = correlation * x[:, d - 1] + math.sqrt(1 - correlation**2) * x[:, d]
-    w = torch.zeros(dim, dtype=torch.float64)
-    w[[0, 3, 5]] = torch.tensor([1.0, -0.6, 0.3], dtype=torch.float64)
-    y = x @ w + noise * torch.randn(num, generator=generator, dtype=torch.float64) + 2.0
-    return x, y
 
 
 def diabetes() -> tuple[Tensor, Tensor]:
@@ -78,102 +57,12 @@ def textbook_elbo(
     return fit - kl_weight * kl_function(kl)(log_alpha).sum()
 
 
-# The problem of one weight
-
-
-def mpmath_relevance(log_alpha: float) -> mpmath.mpf:
-    """Psi(alpha) of the exact KL in 50 digits: D(u) (2u² + 1)² / u at u = 1/sqrt(2 alpha)."""
-    with mpmath.workdps(50):
-        u = 1 / mpmath.sqrt(2 * mpmath.exp(mpmath.mpf(log_alpha)))
-        # Dawson's function
-        dawson = mpmath.sqrt(mpmath.pi) / 2 * mpmath.exp(-(u**2)) * mpmath.erfi(u)
-        return dawson * (2 * u * u + 1) ** 2 / u
-
-
-@pytest.mark.parametrize("log_alpha", [-6.0, -3.0, -1.0, 0.0, 1.0, 3.0, 6.0, 9.0])
-def test_optimal_log_alpha_inverts_the_stationarity_condition_in_high_precision(
-    log_alpha: float,
-) -> None:
-    relevance = torch.tensor(float(mpmath_relevance(log_alpha)), dtype=torch.float64)
-    # One rounding of the relevance moves alpha by a relative eps * alpha.
-    tolerance = 1e-13 + 4e-16 * math.exp(log_alpha) * 4
-    assert abs(float(optimal_log_alpha(relevance)) - log_alpha) < tolerance
-
-
-@pytest.mark.parametrize("kl", KLS)
-def test_required_relevance_falls_strictly_to_one(kl: KL) -> None:
-    """The theorem behind the pruning rule, on a grid; log Psi is exact to 1e-12 there."""
-    log_alpha = torch.linspace(-25, 11, 40_001, dtype=torch.float64, requires_grad=True)
-    (slope,) = torch.autograd.grad(kl_function(kl)(log_alpha).sum(), log_alpha)
-    alpha = log_alpha.detach().exp()
-    psi = -2 * slope * (1 + alpha).square() / alpha
-    assert (psi.log().diff() < 0).all()
-    assert (psi > 1).all()
-    assert psi[-1] < 1.01
-
-
-def test_scaled_excess_of_the_exact_kl_stays_between_its_bounds() -> None:
-    log_alpha = torch.linspace(-8, 10, 60, dtype=torch.float64)
-    psi = [float(mpmath_relevance(float(v)) - 1) for v in log_alpha]
-    scaled = torch.tensor(psi, dtype=torch.float64) * log_alpha.exp()
-    assert scaled.min() > 1
-    assert scaled.max() < 1.9287
-
-
-@pytest.mark.parametrize("kl", KLS)
-def test_optimal_log_alpha_is_the_best_of_a_fine_grid(kl: KL) -> None:
-    relevance = torch.tensor([1.02, 1.3, 2.0, 4.0, 25.0, 1e4], dtype=torch.float64)
-    grid = torch.linspace(-14, 12, 200_001, dtype=torch.float64)
-    values = 0.5 * relevance[:, None] / (1 + grid.exp()) - kl_function(kl)(grid)
-    best = optimal_log_alpha(relevance, kl)
-    at_best = 0.5 * relevance / (1 + best.exp()) - kl_function(kl)(best)
-    assert (at_best >= values.amax(-1)).all()
-    assert torch.allclose(best, grid[values.argmax(-1)], atol=3e-4)  # two grid steps
-
-
-def test_optimal_log_alpha_prunes_up_to_one_and_keeps_nan() -> None:
-    relevance = torch.tensor([0.0, 0.5, 1.0, math.nan, math.inf], dtype=torch.float64)
-    log_alpha = optimal_log_alpha(relevance)
-    assert log_alpha[:3].tolist() == [math.inf] * 3
-    assert log_alpha[3].isnan()
-    assert log_alpha[4] == -math.inf
-
-
-def test_optimal_alpha_under_empirical_bayes_is_the_nonnegative_garrote() -> None:
-    relevance = torch.logspace(0.001, 6, 200, dtype=torch.float64)
-    shrinkage = 1 / (1 + optimal_log_alpha(relevance, "empirical_bayes").exp())
-    assert torch.allclose(shrinkage, 1 - 1 / relevance, rtol=1e-11, atol=0)
-
-
-@pytest.mark.parametrize("kl", KLS)
-def test_tables_agree_with_the_functions_they_stand_for(kl: KL) -> None:
-    curves = tabulate(kl, torch.float64, torch.device("cpu"))
-    log_alpha = torch.linspace(-60, 39, 9999, dtype=torch.float64)
-    assert (curves.kl.within(log_alpha) - kl_function(kl)(log_alpha)).abs().max() < 2e-13
-    relevance = torch.logspace(0.01, 12, 2000, dtype=torch.float64)
-    newton = optimal_log_alpha(relevance, kl)
-    assert (curves.optimal_log_alpha(relevance - 1) - newton).abs().max() < 1e-10
-    assert curves.kl.within(torch.tensor([math.inf], dtype=torch.float64)) < 1e-16
-
-
-@pytest.mark.parametrize("kl", KLS)
-def test_alpha_given_loc_maximises_and_is_finite_for_every_loc_but_zero(kl: KL) -> None:
-    curves = tabulate(kl, torch.float64, torch.device("cpu"))
-    energy = torch.logspace(-9, 9, 50, dtype=torch.float64)
-    log_alpha = curves.log_alpha_given_loc(energy).requires_grad_()
-    value = -energy * log_alpha.exp() - kl_function(kl)(log_alpha)
-    (slope,) = torch.autograd.grad(value.sum(), log_alpha)
-    # Relative to the two terms that cancel.
-    assert (slope.abs() <= 1e-9 * energy * log_alpha.exp()).all()
-    assert curves.log_alpha_given_loc(torch.zeros(1, dtype=torch.float64)) == math.inf
-
-
 # The objective
 
 
 @pytest.mark.parametrize("kl", KLS)
 @pytest.mark.parametrize("kl_weight", [1.0, 2.5])
-def test_elbo_is_the_textbook_formula_at_the_solution(kl: KL, kl_weight: float) -> None:
+def test_elbo_is_the_textbook_formula_at_the_solution(kl: KL, kl_weight: float, problem) -> None:
     x, y = problem()
     fit = fit_vdard_regression(x, y, kl=kl, kl_weight=kl_weight, fit_intercept=False)
     expected = textbook_elbo(x, y, fit.loc, fit.log_alpha, fit.beta, kl, kl_weight)
@@ -181,7 +70,7 @@ def test_elbo_is_the_textbook_formula_at_the_solution(kl: KL, kl_weight: float) 
     assert torch.allclose(fit.elbo_trace[-1], expected, rtol=1e-12, atol=0)  # from the table
 
 
-def test_elbo_agrees_with_mpmath() -> None:
+def test_elbo_agrees_with_mpmath(problem) -> None:
     x, y = problem(num=30, dim=6)
     fit = fit_vdard_regression(x, y, fit_intercept=False)
     with mpmath.workdps(30):
@@ -199,7 +88,7 @@ def test_elbo_agrees_with_mpmath() -> None:
         assert abs(float(fit.elbo - float(total))) < 1e-11
 
 
-def test_elbo_with_an_intercept_is_that_of_the_limit_of_a_wide_prior() -> None:
+def test_elbo_with_an_intercept_is_that_of_the_limit_of_a_wide_prior(problem) -> None:
     """E_q log p(y | w), the intercept integrated out numerically, by Monte Carlo.
 
     5 standard errors: fails by chance once in 2e6 seeds, and this one is fixed.
@@ -220,7 +109,7 @@ def test_elbo_with_an_intercept_is_that_of_the_limit_of_a_wide_prior() -> None:
 
 
 @pytest.mark.parametrize("kl", KLS)
-def test_solution_is_stationary_in_everything_that_is_kept(kl: KL) -> None:
+def test_solution_is_stationary_in_everything_that_is_kept(kl: KL, problem) -> None:
     x, y = problem()
     fit = fit_vdard_regression(x, y, kl=kl, fit_intercept=False)
     assert 3 <= int(fit.kept.sum()) < 12
@@ -235,7 +124,7 @@ def test_solution_is_stationary_in_everything_that_is_kept(kl: KL) -> None:
     assert beta_slope.abs() < 1e-8
 
 
-def test_no_single_weight_can_do_better() -> None:
+def test_no_single_weight_can_do_better(problem) -> None:
     x, y = problem()
     fit = fit_vdard_regression(x, y, fit_intercept=False)
     for d in range(x.shape[1]):
@@ -251,7 +140,7 @@ def test_no_single_weight_can_do_better() -> None:
 @pytest.mark.parametrize("kl_weight", [1.0, 2.0, "bic"])
 @pytest.mark.parametrize("kl", KLS)
 def test_a_weight_is_kept_if_and_only_if_its_relevance_exceeds_the_kl_weight(
-    kl: KL, kl_weight: float | str
+    kl: KL, kl_weight: float | str, problem
 ) -> None:
     x, y = problem(num=120, dim=40, seed=3)
     fit = fit_vdard_regression(x, y, kl=kl, kl_weight=kl_weight)
@@ -264,7 +153,7 @@ def test_a_weight_is_kept_if_and_only_if_its_relevance_exceeds_the_kl_weight(
     assert torch.allclose(1 / (1 + fit.log_alpha.exp()), 1 / (1 + expected.exp()), atol=1e-6)
 
 
-def test_relevance_is_the_squared_z_score_against_the_partial_residual() -> None:
+def test_relevance_is_the_squared_z_score_against_the_partial_residual(problem) -> None:
     x, y = problem()
     fit = fit_vdard_regression(x, y)
     x, y = x - x.mean(0), y - y.mean()
@@ -297,30 +186,23 @@ def test_orthogonal_design_shrinks_by_the_published_table() -> None:
 
 @pytest.mark.parametrize("method", ["joint", "alternating"])
 @pytest.mark.parametrize("kl", KLS)
-def test_the_elbo_never_falls(kl: KL, method: str) -> None:
+def test_the_elbo_never_falls(kl: KL, method: str, problem) -> None:
     pairs = [problem(60, 20, seed, correlation) for seed in range(4) for correlation in (0.0, 0.9)]
     x, y = (torch.stack(parts) for parts in zip(*pairs, strict=True))
     fit = fit_vdard_regression(x, y, kl=kl, method=method, max_iter=200)  # type: ignore[arg-type]
     # Rounding of a sum of squares over 60 values, times N/2.
     assert fit.elbo_trace.diff().min() > -1e-11
-    assert (fit.elbo_trace[:, -1] - fit.elbo_trace[:, 0]).min() > 0.1
-
-
-def test_every_single_move_gains_at_least_what_it_promises() -> None:
-    x, y = problem(num=60, dim=30, correlation=0.9)
-    data = natural_units(x[None], y[None], True)
-    problems = problems_of(data, 59, 1.0, None, 0.0, "exact")
-    state = ascent.start(problems, ("zero", "ols", "ridge"))
-    for _ in range(6):
-        moves = ascent.find_moves(problems, state, search=True)
-        assert moves.gain is not None
-        assert moves.refitted is not None
-        for d in range(30):
-            log_alpha = state.log_alpha.clone()
-            log_alpha[..., d] = moves.refitted[..., d]
-            rise = ascent.evaluate(problems, log_alpha).elbo - state.elbo
-            assert (rise >= moves.gain[..., d] - 1e-10).all()
-        state = ascent.evaluate(problems, ascent.single_move(state, moves))
+    assert (fit.elbo_trace[:, -1] > fit.elbo_trace[:, 0]).all()
+    # An iteration gains at least half of what the best single move promises; at the first, that is
+    # the feature most correlated with y, in closed form.
+    x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
+    r2 = (x * y[..., None]).sum(1).square() / x.square().sum(1) / y.square().sum(1)[:, None]
+    z2 = 59 * r2.amax(1)
+    log_alpha = optimal_log_alpha(z2, kl)
+    gain = 0.5 * z2 / (1 + log_alpha.exp()) - kl_function(kl)(log_alpha)
+    without = 29.5 * (torch.log(59 / (2 * math.pi * y.square().sum(1))) - 1) - 0.5 * math.log(60)
+    assert (fit.elbo >= without + 0.5 * gain).all()
+    assert gain.min() > 1
 
 
 def test_diabetes_reaches_the_known_optima() -> None:
@@ -332,7 +214,7 @@ def test_diabetes_reaches_the_known_optima() -> None:
         assert int(fit.kept.sum()) == kept
 
 
-def test_starts_can_end_in_different_optima_and_the_best_is_kept() -> None:
+def test_starts_can_end_in_different_optima_and_the_best_is_kept(problem) -> None:
     x, y = problem(num=100, dim=40, correlation=0.97)
     fit = fit_vdard_regression(x, y, starts=("ols", "zero", "ridge"))
     assert fit.starts == ("ols", "zero", "ridge")
@@ -345,44 +227,14 @@ def test_starts_can_end_in_different_optima_and_the_best_is_kept() -> None:
     assert torch.allclose(worse.elbo, fit.start_elbo[0])
 
 
-def test_a_pruned_weight_comes_back() -> None:
-    """From the full model to the optimum, 0 is no trap: some weight leaves and returns."""
-    returned = 0
-    for seed in range(8):
-        x, y = problem(num=60, dim=40, seed=seed, correlation=0.95)
-        problems = problems_of(natural_units(x[None], y[None], True), 59, 1.0, None, 0.0, "exact")
-        state = ascent.start(problems, ("ridge",))
-        progress = ascent.first_progress(state)
-        left = torch.zeros(40, dtype=torch.bool)
-        for _ in range(30):
-            before = state.log_alpha[0, 0].isfinite()
-            state, progress = ascent.iterate(problems, state, progress, 1e-8)
-            after = state.log_alpha[0, 0].isfinite()
-            returned += int((left & after & ~before).sum())
-            left |= before & ~after
-    assert returned > 0
-
-
-@pytest.mark.parametrize("kl", KLS)
-def test_the_alternation_reaches_the_same_optimum_in_more_iterations(kl: KL) -> None:
-    x, y = problem(num=200, dim=15, correlation=0.3)
-    joint = fit_vdard_regression(x, y, kl=kl, kl_weight="bic")
-    slow = fit_vdard_regression(x, y, kl=kl, kl_weight="bic", method="alternating")
-    assert torch.equal(slow.kept, joint.kept)
-    assert torch.allclose(slow.elbo, joint.elbo, rtol=0, atol=1e-5)
-    assert torch.allclose(slow.loc, joint.loc, atol=1e-4)
-    assert slow.n_iter > joint.n_iter
-    assert slow.starts == ("ols",)
-
-
-def test_strong_correlation_does_not_slow_the_joint_ascent() -> None:
+def test_strong_correlation_does_not_slow_the_joint_ascent(problem) -> None:
     x, y = problem(num=150, dim=100, correlation=0.97)
     fit = fit_vdard_regression(x, y)
     assert fit.converged
     assert fit.n_iter < 40
 
 
-def test_max_iter_is_reported() -> None:
+def test_max_iter_is_reported(problem) -> None:
     x, y = problem()
     fit = fit_vdard_regression(x, y, max_iter=1)
     assert not fit.converged
@@ -404,30 +256,7 @@ def test_more_features_than_observations() -> None:
 # Invariances
 
 
-def test_the_units_of_the_data_do_not_matter() -> None:
-    x, y = problem(num=100, dim=30)
-    scale = torch.logspace(-8, 8, 30, dtype=torch.float64)
-    fit = fit_vdard_regression(x, y)
-    other = fit_vdard_regression(x * scale * 1000 + 5.0, y * 100 - 7.0)
-    assert torch.equal(fit.kept, other.kept)
-    # The offset of 5 costs up to 5 / (1e-8 * 1000) = 5e5 roundings in the smallest column.
-    assert torch.allclose(other.loc * scale * 10, fit.loc, rtol=1e-8, atol=1e-9)
-    assert torch.allclose(other.log_alpha[fit.kept], fit.log_alpha[fit.kept], atol=1e-6)
-    assert torch.allclose(other.relevance, fit.relevance, atol=1e-6)
-    assert torch.allclose(other.beta * 1e4, fit.beta)
-    assert torch.allclose(other.elbo + 99 * math.log(100), fit.elbo)
-
-
-def test_extreme_units_neither_overflow_nor_underflow() -> None:
-    x, y = problem()
-    fit = fit_vdard_regression(x, y)
-    other = fit_vdard_regression(x * 1e150, y * 1e-150)
-    assert torch.allclose(other.loc * 1e300, fit.loc)
-    with pytest.raises(ValueError, match="overflow; rescale"):
-        fit_vdard_regression(x * 1e-200, y * 1e200)
-
-
-def test_rows_and_columns_may_be_permuted() -> None:
+def test_rows_and_columns_may_be_permuted(problem) -> None:
     x, y = problem(num=60, dim=20)
     generator = torch.Generator().manual_seed(0)
     rows, columns = torch.randperm(60, generator=generator), torch.randperm(20, generator=generator)
@@ -437,7 +266,7 @@ def test_rows_and_columns_may_be_permuted() -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_batch_is_the_problems_one_by_one(device: str) -> None:
+def test_a_batch_is_the_problems_one_by_one(device: str, problem) -> None:
     pairs = [problem(num=50, dim=15, seed=seed, correlation=0.1 * seed) for seed in range(8)]
     x = torch.stack([a for a, _ in pairs]).view(2, 4, 50, 15).to(device)
     y = torch.stack([b for _, b in pairs]).view(2, 4, 50).to(device)
@@ -457,7 +286,7 @@ def test_a_batch_is_the_problems_one_by_one(device: str) -> None:
             assert torch.allclose(std[i, j].cpu(), alone[1], atol=1e-6)
 
 
-def test_one_design_serves_many_targets() -> None:
+def test_one_design_serves_many_targets(problem) -> None:
     x, y = problem()
     many = fit_vdard_regression(x, torch.stack((y, -y, 3 * y + 1)))
     one = fit_vdard_regression(x, y)
@@ -465,7 +294,7 @@ def test_one_design_serves_many_targets() -> None:
     assert torch.allclose(many.loc, torch.stack((one.loc, -one.loc, 3 * one.loc)), atol=1e-8)
 
 
-def test_float32_agrees_to_its_precision() -> None:
+def test_float32_agrees_to_its_precision(problem) -> None:
     x, y = problem(num=100, dim=20)
     fit = fit_vdard_regression(x.float(), y.float(), dtype=torch.float32, kl_weight="bic")
     exact = fit_vdard_regression(x, y, kl_weight="bic")
@@ -474,14 +303,14 @@ def test_float32_agrees_to_its_precision() -> None:
     assert torch.allclose(fit.loc.double(), exact.loc, atol=1e-4)
 
 
-def test_integers_are_real_numbers() -> None:
+def test_integers_are_real_numbers(problem) -> None:
     x, y = (10 * v for v in problem())
     fit = fit_vdard_regression(x.round().long(), y.round().long())
     exact = fit_vdard_regression(x.round(), y.round())
     assert torch.equal(fit.loc, exact.loc)
 
 
-def test_results_can_go_on_with_autograd_and_inputs_are_left_alone() -> None:
+def test_results_can_go_on_with_autograd_and_inputs_are_left_alone(problem) -> None:
     x, y = problem()
     x_before, y_before = x.clone(), y.clone()
     fit = fit_vdard_regression(x.requires_grad_(), y)
@@ -496,7 +325,7 @@ def test_results_can_go_on_with_autograd_and_inputs_are_left_alone() -> None:
 # Prediction
 
 
-def test_prediction_has_the_moments_of_the_posterior() -> None:
+def test_prediction_has_the_moments_of_the_posterior(problem) -> None:
     """Against draws of weights, intercept and noise; 5 standard errors, fixed seed."""
     x, y = problem(num=30, dim=6, noise=1.5)
     fit = fit_vdard_regression(x, y)
@@ -518,7 +347,7 @@ def test_prediction_has_the_moments_of_the_posterior() -> None:
     assert torch.equal(fit.predict(new), mean)
 
 
-def test_without_an_intercept_the_prediction_goes_through_zero() -> None:
+def test_without_an_intercept_the_prediction_goes_through_zero(problem) -> None:
     x, y = problem()
     fit = fit_vdard_regression(x, y, fit_intercept=False)
     mean, std = fit.predict(torch.zeros(1, 12, dtype=torch.float64), return_std=True)
@@ -526,28 +355,13 @@ def test_without_an_intercept_the_prediction_goes_through_zero() -> None:
     assert torch.allclose(std, fit.beta.rsqrt())
 
 
-def test_prediction_refuses_another_number_of_features() -> None:
+def test_prediction_refuses_another_number_of_features(problem) -> None:
     fit = fit_vdard_regression(*problem())
     with pytest.raises(ValueError, match=r"observations, 12\).*\(80, 11\)"):
         fit.predict(torch.zeros(80, 11))
 
 
 # Options
-
-
-@pytest.mark.parametrize(
-    ("name", "threshold"),
-    [
-        ("aic", 2.0),
-        ("BIC", math.log(80)),
-        ("5%", stats.chi2.ppf(0.95, 1)),
-        ("0.1 %", stats.chi2.ppf(0.999, 1)),
-        (3, 3.0),
-    ],
-)
-def test_kl_weight_by_name_is_a_chi_square_threshold(name: float | str, threshold: float) -> None:
-    fit = fit_vdard_regression(*problem(), kl_weight=name)
-    assert abs(fit.kl_weight - threshold) < 1e-12 * threshold
 
 
 def test_the_kl_weight_sets_the_share_of_noise_that_is_kept() -> None:
@@ -565,7 +379,7 @@ def test_the_kl_weight_sets_the_share_of_noise_that_is_kept() -> None:
         assert abs(observed - share) < 5 * math.sqrt(share * (1 - share) / 4000)
 
 
-def test_a_known_noise_precision_is_used() -> None:
+def test_a_known_noise_precision_is_used(problem) -> None:
     x, y = problem()
     free = fit_vdard_regression(x, y)
     given = fit_vdard_regression(x, y, noise_precision=free.beta)
@@ -575,7 +389,7 @@ def test_a_known_noise_precision_is_used() -> None:
     assert not fit_vdard_regression(x, y, noise_precision=1e-4).kept.any()
 
 
-def test_molchanovs_approximation_finds_nearly_the_same_regression() -> None:
+def test_molchanovs_approximation_finds_nearly_the_same_regression(problem) -> None:
     x, y = problem(num=200, dim=30)
     exact = fit_vdard_regression(x, y, kl_weight="bic")
     for kl in ("molchanov2017", "poster2016"):
@@ -586,121 +400,10 @@ def test_molchanovs_approximation_finds_nearly_the_same_regression() -> None:
         assert abs(float(fit.elbo - exact.elbo)) < 0.013 * fit.kl_weight * int(fit.kept.sum())
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"kl": "hinton"}, r"kl must be one of 'exact'.*got 'hinton'"),
-        ({"kl": "kingma2015"}, "alpha <= 1 only"),
-        ({"kl_weight": 0.0}, "kl_weight must be positive and finite, got 0.0"),
-        ({"kl_weight": math.inf}, "kl_weight must be positive and finite"),
-        ({"kl_weight": "cic"}, r"kl_weight must be .*got 'cic'"),
-        ({"kl_weight": "x%"}, r"kl_weight must be .*got 'x%'"),
-        ({"kl_weight": "200%"}, r"kl_weight must be .*got '200%'"),
-        ({"method": "newton"}, 'method must be "joint" or "alternating", got \'newton\''),
-        ({"starts": ()}, r"starts must be a tuple of .*got \(\)"),
-        ({"starts": "zero"}, "starts must be a tuple of .*got 'zero'"),
-        ({"starts": ("one",)}, "starts must be a tuple of"),
-        ({"starts": ("zero",), "method": "alternating"}, "can never leave"),
-        ({"noise_precision": -1.0}, "noise_precision must be positive and finite, got -1.0"),
-        ({"noise_precision": torch.ones(3)}, r"noise_precision has shape \(3,\)"),
-        ({"min_noise": 1.0}, r"min_noise must be in \[0, 1\), got 1.0"),
-        ({"max_iter": 0}, "max_iter must be at least 1, got 0"),
-        ({"tol": 0.0}, "tol must be positive, got 0.0"),
-        ({"dtype": torch.float16}, "dtype must be torch.float64 or torch.float32"),
-    ],
-)
-def test_a_bad_option_is_named(options: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        fit_vdard_regression(*problem(), **options)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        (lambda x, y: (x[:, 0], y), ValueError, r"x must have shape .*\(80,\)"),
-        (lambda x, y: (x, y[:50]), ValueError, r"got \(80, 12\) and \(50,\)"),
-        (lambda x, y: (x[:0], y[:0]), ValueError, r"at least one observation.*\(0, 12\)"),
-        (lambda x, y: (x[:1], y[:1]), ValueError, "n_samples = 1"),
-        (lambda x, y: (x * math.nan, y), ValueError, r"x contains NaN or infinity \(960 of 960"),
-        (lambda x, y: (x, y / 0), ValueError, r"y contains NaN or infinity \(80 of 80"),
-        (lambda x, y: (x.numpy(), y), TypeError, "x must be a torch.Tensor, got ndarray"),
-        (lambda x, y: (x.to_sparse(), y), TypeError, "x must be a dense tensor .*sparse_coo"),
-        (lambda x, y: (x, y + 0j), TypeError, "y must be a dense tensor of real .*complex128"),
-        (lambda x, y: (x.expand(2, 80, 12), y.expand(3, 80)), ValueError, "do not broadcast"),
-        (lambda x, y: (x.expand(0, 80, 12), y), ValueError, "no problem to fit"),
-        (lambda x, y: (x.to("meta"), y), TypeError, "x is on meta but y is on cpu"),
-    ],
-)
-def test_bad_data_are_named(
-    change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        fit_vdard_regression(*change(*problem()))
-
-
 # Degenerate data
 
 
-@pytest.mark.parametrize("kl_weight", [0.5, 1.0])
-def test_as_many_features_as_observations_need_a_kl_weight_above_one(kl_weight: float) -> None:
-    x, y = problem(num=40, dim=60)
-    with pytest.raises(
-        DegenerateObjectiveError, match=r"(?s)60 features fit y .*kl_weight above 1"
-    ):
-        fit_vdard_regression(x, y, kl_weight=kl_weight)
-    for remedy in ({"kl_weight": "aic"}, {"noise_precision": 2.0}, {"min_noise": 0.1}):
-        fit = fit_vdard_regression(x, y, **({"kl_weight": kl_weight} | remedy))  # type: ignore[arg-type]
-        assert fit.converged
-        assert fit.kept[0]
-
-
-def test_many_features_of_low_rank_are_not_degenerate() -> None:
-    x, y = problem(num=40, dim=10)
-    fit = fit_vdard_regression(x.repeat(1, 6), y)
-    assert fit.converged
-    assert int(fit.kept.sum()) <= 10
-
-
-@pytest.mark.parametrize("method", ["joint", "alternating"])
-def test_a_perfect_fit_is_reported_with_what_to_do(method: str) -> None:
-    x, _ = problem()
-    y = 2 * x[:, 0] - x[:, 4] + 1
-    with pytest.raises(DegenerateObjectiveError, match=r"(?s)fit y without error.*noise_precision"):
-        fit_vdard_regression(x, y, method=method)  # type: ignore[arg-type]
-    fit = fit_vdard_regression(x, y, min_noise=1e-4, method=method)  # type: ignore[arg-type]
-    assert torch.allclose(
-        fit.loc, torch.eye(12).double()[0] * 2 - torch.eye(12).double()[4], atol=1e-4
-    )
-    assert torch.allclose(fit.beta, 1 / (1e-8 * y.var()), rtol=1e-9)
-
-
-def test_noise_of_a_billionth_is_no_perfect_fit() -> None:
-    x, y = problem()
-    y = 2 * x[:, 0] - x[:, 4] + 1e-9 * y
-    fit = fit_vdard_regression(x, y, kl_weight="bic")
-    assert fit.kept[[0, 4]].all()
-    assert abs(float(fit.loc[0]) - 2) < 1e-8
-
-
-def test_the_problems_at_fault_are_named() -> None:
-    x, y = problem()
-    with pytest.raises(DegenerateObjectiveError, match=r"constant in problem\(s\) 1, 2"):
-        fit_vdard_regression(x, torch.stack((y, 0 * y, 0 * y + 3)))
-    with pytest.raises(DegenerateObjectiveError, match=r"without error in problem\(s\) 1:"):
-        fit_vdard_regression(x, torch.stack((y, x[:, 2])))
-
-
-def test_a_constant_target_needs_a_known_noise() -> None:
-    x, y = problem()
-    y = torch.full_like(y, 0.1)  # not representable: its mean is off by a rounding
-    with pytest.raises(DegenerateObjectiveError, match=r"(?s)y is constant.*Pass noise_precision"):
-        fit_vdard_regression(x, y)
-    fit = fit_vdard_regression(x, y, noise_precision=4.0)
-    assert not fit.kept.any()
-    assert torch.allclose(fit.predict(x), y)
-
-
-def test_constant_features_and_copies_are_pruned() -> None:
+def test_constant_features_and_copies_are_pruned(problem) -> None:
     x, y = problem()
     fit = fit_vdard_regression(x, y)
     extra = torch.cat((x, torch.full((80, 1), 0.1).double(), x[:, :1], -2 * x[:, 3:4]), -1)
@@ -715,7 +418,7 @@ def test_constant_features_and_copies_are_pruned() -> None:
     assert without.kept[12]
 
 
-def test_no_feature_leaves_the_mean() -> None:
+def test_no_feature_leaves_the_mean(problem) -> None:
     _, y = problem()
     fit = fit_vdard_regression(torch.zeros(80, 0, dtype=torch.float64), y)
     assert fit.loc.shape == fit.relevance.shape == (0,)
@@ -726,7 +429,7 @@ def test_no_feature_leaves_the_mean() -> None:
     assert torch.allclose(std, (y.var() * (1 + 1 / 80)).sqrt().expand(3))
 
 
-def test_one_observation_without_an_intercept_keeps_nothing() -> None:
+def test_one_observation_without_an_intercept_keeps_nothing(problem) -> None:
     x, y = problem()
     fit = fit_vdard_regression(x[:1], y[:1], fit_intercept=False, kl_weight=2.0)
     assert not fit.kept.any()
@@ -736,7 +439,7 @@ def test_one_observation_without_an_intercept_keeps_nothing() -> None:
 # Agreement with stochastic variational inference
 
 
-def test_svi_through_pyro_finds_the_same_optimum() -> None:
+def test_svi_through_pyro_finds_the_same_optimum(problem) -> None:
     """Stock Pyro on the same model: the value of its ELBO at our solution, and its own solution.
 
     Monte Carlo at 5 standard errors, fixed seed; SVI with decaying steps stops within 0.1 nats.
@@ -785,16 +488,3 @@ def test_svi_through_pyro_finds_the_same_optimum() -> None:
     assert abs(float(found["log_beta"] - exact.beta.log())) < 0.05
     assert (log_alpha[~exact.kept] > 1).all()
     pyro.clear_param_store()
-
-
-def test_a_step_that_is_cut_short_leaves_no_trace_of_those_that_would_enter() -> None:
-    """All products of two features of diabetes: many correlated, so that steps are refused."""
-    features, target = load_diabetes(return_X_y=True, scaled=False)
-    for seed in range(6):
-        rows = np.random.default_rng(seed).permutation(len(target))[:300]
-        x = (features[rows] - features[rows].mean(0)) / features[rows].std(0)
-        x = PolynomialFeatures(2, include_bias=False).fit_transform(x)
-        fit = fit_vdard_regression(torch.from_numpy(x), torch.from_numpy(target[rows]))
-        assert not fit.log_alpha.isnan().any()
-        assert fit.elbo == fit.start_elbo.max()
-        assert float(fit.elbo) == pytest.approx(float(fit.elbo_trace[-1]), abs=1e-6)

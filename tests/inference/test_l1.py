@@ -19,36 +19,32 @@ from bayes_svdo.inference import l1
 from bayes_svdo.inference.l1 import fit_l1_logistic, l1_logistic_path, l1_min_c
 
 
-def _correlated(n: int, p: int, num_classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Features that share two factors, so that their correlations are near 0.7."""
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=(n, p)) + rng.normal(size=(n, 2)) @ rng.normal(size=(2, p))
-    coef = np.zeros((num_classes, p))
-    coef[:, :5] = rng.normal(size=(num_classes, 5))
-    y = (x @ coef.T + rng.gumbel(size=(n, num_classes))).argmax(1)
-    return x, y
+@pytest.fixture
+def data(correlated):
+    """A function that makes features and labels, by name."""
 
+    def make(name):
+        if name == "digits 3 or 8":
+            x, y = load_digits(return_X_y=True)
+            kept = (y == 3) | (y == 8)
+            return x[kept] / 16.0, (y[kept] == 8).astype(int)
+        if name == "digits 0 to 3":
+            x, y = load_digits(return_X_y=True)
+            kept = (y < 4).nonzero()[0][:300]
+            return x[kept] / 16.0, y[kept]
+        if name == "breast cancer":
+            x, y = load_breast_cancer(return_X_y=True)
+            return StandardScaler().fit_transform(x), y
+        if name == "correlated":
+            return correlated(200, 20, 2)
+        if name == "correlated, 3 classes":
+            return correlated(200, 15, 3)
+        if name == "more features than samples":
+            return make_classification(60, 300, n_informative=10, random_state=0)
+        assert name == "more features than samples, 3 classes"
+        return correlated(40, 120, 3)
 
-def _data(name: str) -> tuple[np.ndarray, np.ndarray]:
-    if name == "digits 3 or 8":
-        x, y = load_digits(return_X_y=True)
-        kept = (y == 3) | (y == 8)
-        return x[kept] / 16.0, (y[kept] == 8).astype(int)
-    if name == "digits 0 to 3":
-        x, y = load_digits(return_X_y=True)
-        kept = (y < 4).nonzero()[0][:300]
-        return x[kept] / 16.0, y[kept]
-    if name == "breast cancer":
-        x, y = load_breast_cancer(return_X_y=True)
-        return StandardScaler().fit_transform(x), y
-    if name == "correlated":
-        return _correlated(200, 20, 2)
-    if name == "correlated, 3 classes":
-        return _correlated(200, 15, 3)
-    if name == "more features than samples":
-        return make_classification(60, 300, n_informative=10, random_state=0)
-    assert name == "more features than samples, 3 classes"
-    return _correlated(40, 120, 3)
+    return make
 
 
 BINARY = ["digits 3 or 8", "breast cancer", "correlated", "more features than samples"]
@@ -69,22 +65,13 @@ def _objective(x: np.ndarray, y: np.ndarray, coef: object, intercept: object, C:
     return float(C * loss.sum() + np.abs(coef).sum())
 
 
-def _noisy(num_classes: int, n: int = 60, p: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(num_classes)
-    x = torch.randn(n, p, generator=generator, dtype=torch.float64)
-    y = torch.randint(num_classes, (n,), generator=generator)
-    y[:num_classes] = torch.arange(num_classes)
-    x[:, 0] += y
-    return x, y
-
-
 # --- beside scikit-learn -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("C", [0.05, 1.0])
 @pytest.mark.parametrize("name", BINARY)
-def test_objective_without_intercept_equals_liblinear(name, C):
-    x, y = _data(name)
+def test_objective_without_intercept_equals_liblinear(name, C, data):
+    x, y = data(name)
     # liblinear penalises its intercept, so only without one are the problems the same.
     theirs = LogisticRegression(
         l1_ratio=1, C=C, solver="liblinear", fit_intercept=False, tol=1e-7, max_iter=5000
@@ -98,8 +85,8 @@ def test_objective_without_intercept_equals_liblinear(name, C):
 
 # saga takes too long on the breast cancer data; liblinear covers it above.
 @pytest.mark.parametrize("name", [name for name in BINARY if name != "breast cancer"] + MULTINOMIAL)
-def test_objective_with_intercept_equals_saga(name):
-    x, y = _data(name)
+def test_objective_with_intercept_equals_saga(name, data):
+    x, y = data(name)
     C = 0.2
     # saga shuffles, hence the seed. This tolerance was seen to leave it 7e-8 above the minimum.
     theirs = LogisticRegression(
@@ -117,8 +104,8 @@ def test_objective_with_intercept_equals_saga(name):
     np.testing.assert_allclose(probs, theirs.predict_proba(x), atol=2e-3)
 
 
-def test_smallest_C_equals_scikit_learns_where_that_does_not_penalise_an_intercept():
-    x, y = _data("breast cancer")
+def test_smallest_C_equals_scikit_learns_where_that_does_not_penalise_an_intercept(data):
+    x, y = data("breast cancer")
     expected = sklearn_min_c(x, y, loss="log", fit_intercept=False)
     assert l1_min_c(*_tensors(x, y), fit_intercept=False) == pytest.approx(expected, rel=1e-12)
 
@@ -129,8 +116,8 @@ def test_smallest_C_equals_scikit_learns_where_that_does_not_penalise_an_interce
 @pytest.mark.parametrize("solver", ["newton", "fista"])
 @pytest.mark.parametrize("fit_intercept", [True, False])
 @pytest.mark.parametrize("num_classes", [2, 4])
-def test_solution_meets_the_optimality_conditions(num_classes, fit_intercept, solver):
-    x, y = _noisy(num_classes)
+def test_solution_meets_the_optimality_conditions(num_classes, fit_intercept, solver, noisy):
+    x, y = noisy(num_classes)
     C = 0.5
     fit = fit_l1_logistic(x, y, C=C, fit_intercept=fit_intercept, tol=1e-13, solver=solver)
     coef = fit.coef.clone().requires_grad_()
@@ -149,8 +136,8 @@ def test_solution_meets_the_optimality_conditions(num_classes, fit_intercept, so
         assert slope_intercept.abs().max() < 2e-5
 
 
-def test_separable_classes_at_a_large_C_converge():
-    x, y = _tensors(*_data("more features than samples"))
+def test_separable_classes_at_a_large_C_converge(data):
+    x, y = _tensors(*data("more features than samples"))
     fit = fit_l1_logistic(x, y, C=1e4)
     assert fit.converged
     assert (fit.predict(x) == y).all()
@@ -167,8 +154,8 @@ def test_collinear_features_take_no_more_steps_than_others():
 # --- invariances ---------------------------------------------------------------------------------
 
 
-def test_an_offset_of_the_features_moves_the_intercept_alone():
-    x, y = _noisy(3)
+def test_an_offset_of_the_features_moves_the_intercept_alone(noisy):
+    x, y = noisy(3)
     offset = torch.linspace(-1e4, 1e4, x.shape[1], dtype=torch.float64)
     near, far = (fit_l1_logistic(a, y, C=0.5, tol=1e-12) for a in (x, x + offset))
     # x + 1e4 rounds x to 1e-12.
@@ -178,17 +165,17 @@ def test_an_offset_of_the_features_moves_the_intercept_alone():
 
 
 @pytest.mark.parametrize("factor", [1e-150, 1e150])
-def test_units_of_the_features_and_C_trade_off(factor):
+def test_units_of_the_features_and_C_trade_off(factor, noisy):
     """``C L(w x) + |w|`` with x in other units is the same problem at another C, rescaled."""
-    x, y = _noisy(2)
+    x, y = noisy(2)
     fit = fit_l1_logistic(x, y, C=0.5, tol=1e-10)
     other = fit_l1_logistic(factor * x, y, C=0.5 / factor, tol=1e-10)
     torch.testing.assert_close(other.coef * factor, fit.coef, rtol=1e-8, atol=1e-12)
     assert other.objective * factor == pytest.approx(fit.objective, rel=1e-9)
 
 
-def test_integer_sample_weights_are_repetitions():
-    x, y = _noisy(3)
+def test_integer_sample_weights_are_repetitions(noisy):
+    x, y = noisy(3)
     counts = torch.arange(len(x)) % 3
     counts[:3] = 1
     weighted = fit_l1_logistic(x, y, C=0.3, sample_weight=counts, tol=1e-12)
@@ -199,16 +186,16 @@ def test_integer_sample_weights_are_repetitions():
     torch.testing.assert_close(weighted.coef, repeated.coef, rtol=1e-5, atol=1e-5)
 
 
-def test_a_constant_feature_gets_no_weight_and_changes_nothing():
-    x, y = _noisy(2)
+def test_a_constant_feature_gets_no_weight_and_changes_nothing(noisy):
+    x, y = noisy(2)
     constant = torch.full_like(x[:, :1], 0.1)
     fit = fit_l1_logistic(torch.cat([x, constant], 1), y, C=0.5)
     assert fit.coef[0, -1] == 0.0
     assert fit.objective == pytest.approx(fit_l1_logistic(x, y, C=0.5).objective, rel=2e-6)
 
 
-def test_a_constant_feature_serves_as_a_penalised_intercept_where_none_is_fitted():
-    x, y = _data("breast cancer")
+def test_a_constant_feature_serves_as_a_penalised_intercept_where_none_is_fitted(data):
+    x, y = data("breast cancer")
     x, y = x[y == 1][:, :3].repeat(2, 0), np.repeat([0, 1], (y == 1).sum())
     y[: len(y) // 4] = 1
     theirs = LogisticRegression(
@@ -222,15 +209,15 @@ def test_a_constant_feature_serves_as_a_penalised_intercept_where_none_is_fitted
 
 
 @pytest.mark.parametrize("num_classes", [2, 3])
-def test_duplicate_columns_leave_the_minimum_as_it_is(num_classes):
-    x, y = _noisy(num_classes)
+def test_duplicate_columns_leave_the_minimum_as_it_is(num_classes, noisy):
+    x, y = noisy(num_classes)
     once = fit_l1_logistic(x, y, C=2.0, tol=1e-9)
     twice = fit_l1_logistic(torch.cat([x, x], 1), y, C=2.0, tol=1e-9)
     assert twice.objective == pytest.approx(once.objective, rel=2e-9)
 
 
-def test_layout_and_gradients_of_the_inputs_do_not_matter():
-    x, y = _noisy(2)
+def test_layout_and_gradients_of_the_inputs_do_not_matter(noisy):
+    x, y = noisy(2)
     expected = fit_l1_logistic(x, y, C=0.5)
     wide = torch.stack([x, x], 2).flatten(1)[:, ::2].requires_grad_()
     assert not wide.is_contiguous()
@@ -241,8 +228,8 @@ def test_layout_and_gradients_of_the_inputs_do_not_matter():
     assert torch.equal(wide, before)
 
 
-def test_float32_keeps_its_dtype_and_meets_its_tolerance():
-    x, y = _tensors(*_data("digits 0 to 3"))
+def test_float32_keeps_its_dtype_and_meets_its_tolerance(data):
+    x, y = _tensors(*data("digits 0 to 3"))
     double = fit_l1_logistic(x, y, C=0.5)
     single = fit_l1_logistic(x.float(), y, C=0.5)
     assert single.coef.dtype == single.intercept.dtype == torch.float32
@@ -253,8 +240,8 @@ def test_float32_keeps_its_dtype_and_meets_its_tolerance():
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("solver", ["newton", "fista"])
-def test_cuda_and_cpu_agree(solver):
-    x, y = _tensors(*_data("digits 0 to 3"))
+def test_cuda_and_cpu_agree(solver, data):
+    x, y = _tensors(*data("digits 0 to 3"))
     here = fit_l1_logistic(x, y, C=0.5, solver=solver)
     there = fit_l1_logistic(x.cuda(), y.cuda(), C=0.5, solver=solver)
     assert there.coef.is_cuda
@@ -267,8 +254,8 @@ def test_cuda_and_cpu_agree(solver):
 
 @pytest.mark.parametrize("fit_intercept", [True, False])
 @pytest.mark.parametrize("num_classes", [2, 3])
-def test_smallest_C_is_where_the_first_weight_appears(num_classes, fit_intercept):
-    x, y = _noisy(num_classes)
+def test_smallest_C_is_where_the_first_weight_appears(num_classes, fit_intercept, noisy):
+    x, y = noisy(num_classes)
     weights = torch.linspace(0.5, 2.0, len(x))
     options = {"fit_intercept": fit_intercept, "sample_weight": weights}
     bound = l1_min_c(x, y, **options)
@@ -278,14 +265,14 @@ def test_smallest_C_is_where_the_first_weight_appears(num_classes, fit_intercept
     assert above.coef.count_nonzero() >= 1
 
 
-def test_smallest_C_is_infinite_where_no_feature_varies():
-    _, y = _noisy(3)
+def test_smallest_C_is_infinite_where_no_feature_varies(noisy):
+    _, y = noisy(3)
     assert l1_min_c(torch.full((len(y), 2), 0.3, dtype=torch.float64), y) == math.inf
     assert l1_min_c(torch.empty(len(y), 0, dtype=torch.float64), y) == math.inf
 
 
-def test_path_keeps_the_order_of_its_grid_and_equals_cold_fits():
-    x, y = _tensors(*_data("digits 0 to 3"))
+def test_path_keeps_the_order_of_its_grid_and_equals_cold_fits(data):
+    x, y = _tensors(*data("digits 0 to 3"))
     grid = torch.tensor([1.0, 0.03, 0.2])
     path = l1_logistic_path(x, y, grid)
     assert [fit.C for fit in path] == grid.tolist()
@@ -295,8 +282,8 @@ def test_path_keeps_the_order_of_its_grid_and_equals_cold_fits():
     assert path[0].sparsity < path[2].sparsity < path[1].sparsity
 
 
-def test_a_start_at_the_solution_takes_no_step():
-    x, y = _tensors(*_data("correlated, 3 classes"))
+def test_a_start_at_the_solution_takes_no_step(data):
+    x, y = _tensors(*data("correlated, 3 classes"))
     fit = fit_l1_logistic(x, y, C=0.4, tol=1e-8)
     again = fit_l1_logistic(x, y, C=0.4, tol=1e-7, init=fit)
     assert fit.n_iter > 0
@@ -304,8 +291,8 @@ def test_a_start_at_the_solution_takes_no_step():
     assert again.objective == pytest.approx(fit.objective, rel=1e-12)
 
 
-def test_a_start_with_a_weight_on_a_constant_feature_loses_it():
-    x, y = _noisy(2)
+def test_a_start_with_a_weight_on_a_constant_feature_loses_it(noisy):
+    x, y = noisy(2)
     fit = fit_l1_logistic(x, y, C=0.4)
     flat = x.clone()
     flat[:, 0] = 3.0
@@ -315,15 +302,15 @@ def test_a_start_with_a_weight_on_a_constant_feature_loses_it():
     assert again.converged
 
 
-def test_sparsity_counts_exact_zeros():
-    x, y = _noisy(2)
+def test_sparsity_counts_exact_zeros(noisy):
+    x, y = noisy(2)
     fit = fit_l1_logistic(x, y, C=0.1)
     assert fit.sparsity == pytest.approx(float((fit.coef == 0.0).double().mean()))
     assert 0.0 < fit.sparsity < 1.0
 
 
-def test_no_features_leave_the_frequencies_of_the_classes():
-    _, y = _noisy(3)
+def test_no_features_leave_the_frequencies_of_the_classes(noisy):
+    _, y = noisy(3)
     fit = fit_l1_logistic(torch.empty(len(y), 0, dtype=torch.float64), y)
     share = torch.bincount(y) / len(y)
     assert fit.coef.shape == (3, 0)
@@ -350,16 +337,16 @@ def test_the_docstrings_examples_run():
 
 
 @pytest.mark.parametrize("solver", ["newton", "fista"])
-def test_too_few_steps_warn_with_the_remaining_gap(solver):
-    x, y = _noisy(3)
+def test_too_few_steps_warn_with_the_remaining_gap(solver, noisy):
+    x, y = noisy(3)
     with pytest.warns(ConvergenceWarning, match=r"C=1 stopped after 1 steps.*gap of .*max_iter"):
         fit = fit_l1_logistic(x, y, max_iter=1, solver=solver)
     assert not fit.converged
     assert fit.relative_gap > 1e-6
 
 
-def test_a_tolerance_below_rounding_stops_and_says_so():
-    x, y = _tensors(*_data("correlated"))
+def test_a_tolerance_below_rounding_stops_and_says_so(data):
+    x, y = _tensors(*data("correlated"))
     with pytest.warns(ConvergenceWarning, match=r"Rounding in torch.float32.*x.double\(\)"):
         fit = fit_l1_logistic(x.float(), y, C=0.5, tol=1e-12)
     assert fit.n_iter < 1000

@@ -16,15 +16,6 @@ from bayes_svdo.inference.l1_newton import (
 from bayes_svdo.inference.l1_problem import standardised_problem
 
 
-def noisy(num_classes: int, n: int = 60, p: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(num_classes)
-    x = torch.randn(n, p, generator=generator, dtype=torch.float64)
-    y = torch.randint(num_classes, (n,), generator=generator)
-    y[:num_classes] = torch.arange(num_classes)
-    x[:, 0] += y
-    return x, y
-
-
 def test_break_points_keep_the_first_and_the_full_step():
     limits = torch.linspace(2.0, 0.002, 1000, dtype=torch.float64)
     steps = break_points(limits)
@@ -36,7 +27,7 @@ def test_break_points_keep_the_first_and_the_full_step():
     assert few.tolist() == pytest.approx([0.1, 0.5, 1.0])
 
 
-def test_no_step_is_taken_where_nothing_wants_to_move():
+def test_no_step_is_taken_where_nothing_wants_to_move(noisy):
     x, y = noisy(3)
     problem = standardised_problem(x, y, torch.full_like(x[:, 0], 1e-6), 3, False)
     weight = problem.null_weight()
@@ -78,7 +69,7 @@ def test_quadratic_that_rounding_made_indefinite_is_still_lowered():
     assert value < -10.0  # the two sound weights alone reach -2 - 9
 
 
-def test_working_set_is_exact_in_size_among_duplicate_columns():
+def test_working_set_is_exact_in_size_among_duplicate_columns(noisy):
     x, y = noisy(2, p=3)
     problem = standardised_problem(x.repeat(1, 200), y, torch.ones_like(x[:, 0]), 2, True)
     weight = problem.null_weight()

@@ -9,18 +9,9 @@ from bayes_svdo.inference.l1_problem import standardised_problem
 from bayes_svdo.inference.l1_solver import minimise
 
 
-def noisy(num_classes: int, n: int = 60, p: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(num_classes)
-    x = torch.randn(n, p, generator=generator, dtype=torch.float64)
-    y = torch.randint(num_classes, (n,), generator=generator)
-    y[:num_classes] = torch.arange(num_classes)
-    x[:, 0] += y
-    return x, y
-
-
 @pytest.mark.parametrize("fit_intercept", [True, False])
 @pytest.mark.parametrize("num_classes", [2, 3])
-def test_duality_gap_bounds_the_excess_at_any_point(num_classes, fit_intercept):
+def test_duality_gap_bounds_the_excess_at_any_point(num_classes, fit_intercept, noisy):
     x, y = noisy(num_classes)
     scale = 0.3 * torch.linspace(0.5, 1.5, len(x), dtype=torch.float64)
     problem = standardised_problem(x, y, scale, num_classes, fit_intercept)
@@ -41,7 +32,7 @@ def test_duality_gap_bounds_the_excess_at_any_point(num_classes, fit_intercept):
 
 
 @pytest.mark.parametrize("num_classes", [2, 5])
-def test_balanced_residuals_sum_to_zero(num_classes):
+def test_balanced_residuals_sum_to_zero(num_classes, noisy):
     x, y = noisy(num_classes)
     problem = standardised_problem(x, y, torch.ones_like(x[:, 0]), num_classes, True)
     logits = torch.randn(problem.loss.target.shape, generator=torch.Generator().manual_seed(0))

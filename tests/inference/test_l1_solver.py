@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 from bayes_svdo.inference.l1 import fit_l1_logistic
 
 
-def correlated(n: int, p: int, num_classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Features that share two factors, so that their correlations are near 0.7."""
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=(n, p)) + rng.normal(size=(n, 2)) @ rng.normal(size=(2, p))
-    coef = np.zeros((num_classes, p))
-    coef[:, :5] = rng.normal(size=(num_classes, 5))
-    y = (x @ coef.T + rng.gumbel(size=(n, num_classes))).argmax(1)
-    return x, y
-
-
-def test_newton_and_fista_find_the_same_minimum():
+def test_newton_and_fista_find_the_same_minimum(correlated):
     x, y = map(torch.as_tensor, correlated(200, 15, 3))
     newton = fit_l1_logistic(x, y, C=0.5, tol=1e-10, solver="newton")
     fista = fit_l1_logistic(x, y, C=0.5, tol=1e-10, solver="fista")
@@ -28,7 +17,7 @@ def test_newton_and_fista_find_the_same_minimum():
     assert newton.n_iter < 20 < fista.n_iter
 
 
-def test_fista_hands_over_to_newton_when_its_system_has_become_affordable(monkeypatch):
+def test_fista_hands_over_to_newton_when_its_system_has_become_affordable(monkeypatch, correlated):
     x, y = map(torch.as_tensor, correlated(200, 15, 3))
     alone = fit_l1_logistic(x, y, C=0.3, tol=1e-9, solver="fista")
     held = int(alone.coef.count_nonzero()) + 3

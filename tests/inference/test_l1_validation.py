@@ -9,17 +9,8 @@ import torch
 
 from bayes_svdo.inference.l1 import fit_l1_logistic, l1_logistic_path
 
-
-def noisy(num_classes: int, n: int = 60, p: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(num_classes)
-    x = torch.randn(n, p, generator=generator, dtype=torch.float64)
-    y = torch.randint(num_classes, (n,), generator=generator)
-    y[:num_classes] = torch.arange(num_classes)
-    x[:, 0] += y
-    return x, y
-
-
-X, Y = noisy(3)
+Y = torch.arange(60) % 3
+X = torch.randn(60, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 NAN = X.clone()
 NAN[2, 1] = math.nan
 INF = X.clone()

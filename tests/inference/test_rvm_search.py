@@ -111,10 +111,39 @@ def test_end_is_a_maximum_over_every_single_basis_function():
             assert rise < 1e-3
 
 
+def test_an_exchange_gains_what_it_promises():
+    active = active_set()
+    posterior, _, _ = search(active, LEARNED, OPTIMISTIC, tol=1.0, max_iter=500)
+    best = active.best_exchange(posterior)
+    before = list(active.indices)
+    rises = []
+    for leaves in range(len(before)):
+        for enters in set(range(120)) - set(before):
+            active.indices = before[:leaves] + before[leaves + 1 :]
+            shorter = weight_posterior(
+                active.moments(), np.delete(posterior.log_alpha, leaves), posterior.log_beta
+            )
+            rises += [
+                (evidence_with(active, enters, shorter, log_alpha), leaves, enters)
+                for log_alpha in np.linspace(-8, 12, 41)
+            ]
+    highest, leaves, enters = max(rises)
+    assert (best.leaves, best.enters) == (leaves, enters)
+    gap = posterior.log_evidence + best.gain - highest
+    assert -1e-8 < gap < 0.05  # the grid's step is 0.5 in log_alpha
+
+
+def test_the_search_ends_where_no_exchange_is_worth_it():
+    active = active_set(n=300, noise=0.3)
+    posterior, _, converged = search(active, LEARNED, OPTIMISTIC, tol=1e-3, max_iter=500)
+    assert converged
+    assert active.best_exchange(posterior).gain < 1e-2
+
+
 def test_only_basis_functions_that_entered_cost_a_pass_over_the_data():
     active = active_set(n=400)
     search(active, LEARNED, OPTIMISTIC, tol=1e-3, max_iter=500)
-    assert len(active.indices) <= len(active._slots) < 60
+    assert len(active.indices) <= len(active._slots) < 400 / 5
 
 
 def test_an_optimistic_start_escapes_taking_all_for_noise():

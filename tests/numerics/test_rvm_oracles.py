@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from fastrvm import RVC, RVR
 from scipy.special import expit, log_expit
 from sklearn.datasets import load_diabetes, make_moons
 from sklearn.linear_model import ARDRegression
@@ -59,15 +58,21 @@ def test_one_maximum_is_scikit_learns():
     assert ours.beta == pytest.approx(theirs.alpha_, rel=1e-6)
 
 
+@pytest.fixture
+def fastrvm():
+    """A peer with wheels for Linux on x86-64 and macOS on ARM alone: see pyproject.toml."""
+    return pytest.importorskip("fastrvm", reason="fastrvm has no wheel for this platform")
+
+
 def prior_precision(machine, phi):
     """Those of fastrvm 0.1.5, which divides by the square of a scale where it means to multiply."""
     return machine.alpha_[0] * np.square(phi).sum(0) ** 2
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_regression_is_as_probable_as_fastrvms(seed):
+def test_regression_is_as_probable_as_fastrvms(fastrvm, seed):
     y = SINC + 0.1 * np.random.default_rng(seed).standard_normal(100)
-    theirs = RVR(gamma=0.1, fit_intercept=False).fit(X, y)
+    theirs = fastrvm.RVR(gamma=0.1, fit_intercept=False).fit(X, y)
     ours = fit_rvm_regression(
         torch.as_tensor(X), torch.as_tensor(y), kernel="rbf", gamma=0.1, fit_intercept=False
     )
@@ -78,16 +83,18 @@ def test_regression_is_as_probable_as_fastrvms(seed):
     evidence = -0.5 * (log_det + y @ np.linalg.solve(covariance, y) + 100 * math.log(2 * math.pi))
     # Theirs leaves out the constant.
     assert theirs.scores_[-1] - 50 * math.log(2 * math.pi) == pytest.approx(evidence, abs=1e-6)
-    assert float(ours.log_evidence[-1]) > evidence - 0.5
+    # Either program ends in one of several maxima: over 30 seeds ours less theirs is -0.1 nats on
+    # average.
+    assert float(ours.log_evidence[-1]) > evidence - 0.25
     assert len(ours.relevance) <= theirs.n_relevance_ + 1
     difference = ours.predict(torch.as_tensor(X)).numpy() - theirs.predict(X)
     assert np.abs(difference).max() < 0.05  # half of the noise
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_classification_is_as_probable_as_fastrvms(seed):
+def test_classification_is_as_probable_as_fastrvms(fastrvm, seed):
     x, t = make_moons(200, noise=0.2, random_state=seed)
-    theirs = RVC(gamma=1.0, fit_intercept=False).fit(x, t)
+    theirs = fastrvm.RVC(gamma=1.0, fit_intercept=False).fit(x, t)
     ours = fit_rvm_classification(
         torch.as_tensor(x), torch.as_tensor(t), kernel="rbf", gamma=1.0, fit_intercept=False
     )
@@ -98,7 +105,9 @@ def test_classification_is_as_probable_as_fastrvms(seed):
     evidence = log_expit((2 * t - 1) * (phi @ w)).sum() - 0.5 * alpha @ w**2
     evidence += 0.5 * np.log(alpha).sum() - 0.5 * np.linalg.slogdet(precision)[1]
     assert theirs.scores_[-1] == pytest.approx(evidence, abs=1e-3)
-    # Either program ends in one of several maxima.
+    # Either program ends in one of several maxima, which share one or two vectors and from which no
+    # addition, deletion or exchange of single vectors leads on. Over 30 seeds ours less theirs is
+    # -0.2 nats on average, and from -1.4 (seed 0) to 1.4.
     assert float(ours.machines[0].log_evidence[-1]) > evidence - 1.5
     assert len(ours.relevance) <= theirs.n_relevance_[0] + 1
     found = ours.predict_proba(torch.as_tensor(x)).numpy().argmax(1)
