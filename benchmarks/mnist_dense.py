@@ -3,9 +3,11 @@
     python benchmarks/mnist_dense.py search lenet_300_100    # candidates on a 55,000/5,000 split
     python benchmarks/mnist_dense.py final lenet_300_100     # the frozen one on 60,000, per seed
     python benchmarks/mnist_dense.py table                   # the results as Markdown
+    python benchmarks/mnist_dense.py final lenet_300_100 --device cuda --epochs 200
 
 `configs/<name>.toml` holds the candidates and the frozen configuration. The test set is read by
-`final` only; its numbers are those of the last epoch. Two runs go side by side, one thread each.
+`final` only; its numbers are those of the last epoch. Two runs go side by side, one thread each; on
+a GPU one after the other, with results files of their own.
 MNIST comes from `$BAYES_SVDO_DATA`, or is downloaded.
 """
 
@@ -35,7 +37,7 @@ THRESHOLDS = (0.5, 1.0, 2.0, 3.0, 4.0, 5.0)
 MONTE_CARLO_SAMPLES = 20
 
 
-def run(config: dict[str, Any], seed: int, final: bool) -> dict[str, Any]:
+def run(config: dict[str, Any], seed: int, final: bool, device: str) -> dict[str, Any]:
     """Train once; evaluate on the test set if `final`, else on the 5,000 held out."""
     torch.set_num_threads(1)
     mnist = data.load("mnist")
@@ -59,7 +61,7 @@ def run(config: dict[str, Any], seed: int, final: bool) -> dict[str, Any]:
         (x_train, y_train),
         guide=guide,
         seed=seed,
-        device="cpu",
+        device=device,
         progress=False,
         kl_warmup=tuple(config["kl_warmup"]),
         threshold=config["threshold"],
@@ -93,7 +95,7 @@ def run(config: dict[str, Any], seed: int, final: bool) -> dict[str, Any]:
 
 def error(posterior: Posterior, x: Any, y: Any, threshold: float | None = None) -> float:
     """Test error in percent of the pruned mean network."""
-    wrong = posterior.output(x, threshold).argmax(-1) != y
+    wrong = posterior.output(x, threshold).argmax(-1).cpu() != y
     return 100 * float(wrong.double().mean())
 
 
@@ -101,11 +103,13 @@ def monte_carlo_error(posterior: Posterior, x: Any, y: Any, seed: int) -> float:
     """Test error in percent of the predictive distribution, averaged over draws."""
     torch.manual_seed(seed)
     mean = posterior.predict(x, MONTE_CARLO_SAMPLES).mean(0)
-    return 100 * float((mean.argmax(-1) != y).double().mean())
+    return 100 * float((mean.argmax(-1).cpu() != y).double().mean())
 
 
-def run_all(jobs: list[tuple[str, dict[str, Any], int]], path: Path, final: bool) -> None:
-    """Run the jobs two at a time; the results file holds every one that is done.
+def run_all(
+    jobs: list[tuple[str, dict[str, Any], int]], path: Path, final: bool, device: str
+) -> None:
+    """Run the jobs two at a time, on a GPU one; the results file holds every one that is done.
 
     A run that is there already, with the same configuration and seed, is not done again.
     """
@@ -117,14 +121,16 @@ def run_all(jobs: list[tuple[str, dict[str, Any], int]], path: Path, final: bool
         "data": "MNIST, "
         + ("60,000 / test set" if final else "55,000 / 5,000 of the training set"),
         "threads_per_run": 1,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "environment": environment("lightning-fabric"),
         "runs": done,
     }
     had = [(run["name"], run["seed"]) for run in done]
     jobs = [job for job in jobs if (job[0], job[2]) not in had]
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1 if device == "cuda" else 2, mp_context=get_context("spawn")) as pool:
         futures = {
-            pool.submit(run, config, seed, final): (name, config) for name, config, seed in jobs
+            pool.submit(run, config, seed, final, device): (name, config)
+            for name, config, seed in jobs
         }
         for future in as_completed(futures):
             name, config = futures[future]
@@ -170,9 +176,9 @@ def table() -> str:
         "| network | | test error % | compression | seeds |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for path in sorted(RESULTS.glob("mnist_dense_*_final.json")):
+    for path in sorted(RESULTS.glob("mnist_dense_*_final*.json")):
         content = json.loads(path.read_text())
-        name = path.stem.removeprefix("mnist_dense_").removesuffix("_final")
+        name = path.stem.removeprefix("mnist_dense_").partition("_final")[0]
         config = tomllib.loads((CONFIGS / f"{name}.toml").read_text())
         published, net = config["published"], "-".join(map(str, config["base"]["sizes"]))
         error, ratio = content["summary"]["error_percent"], content["summary"]["compression"]
@@ -190,6 +196,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("action", choices=("search", "final", "table"))
     parser.add_argument("config", nargs="?", help="name of a file in configs/")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--epochs", type=int, help="others than the configuration's")
     arguments = parser.parse_args()
     if arguments.action == "table":
         print(table())
@@ -199,7 +207,11 @@ def main() -> None:
             "which configuration? One of: " + ", ".join(p.stem for p in CONFIGS.glob("*.toml"))
         )
     content = tomllib.loads((CONFIGS / f"{arguments.config}.toml").read_text())
-    path = RESULTS / f"mnist_dense_{arguments.config}_{arguments.action}.json"
+    suffix = "" if arguments.device == "cpu" else "_cuda"
+    if arguments.epochs is not None:
+        content["base"]["epochs"] = arguments.epochs
+        suffix += f"_{arguments.epochs}_epochs"
+    path = RESULTS / f"mnist_dense_{arguments.config}_{arguments.action}{suffix}.json"
     if arguments.action == "search":
         jobs = [
             (name, content["base"] | change, 0) for name, change in content["candidates"].items()
@@ -209,7 +221,7 @@ def main() -> None:
         jobs = [
             (content["chosen"]["candidate"], chosen, seed) for seed in content["chosen"]["seeds"]
         ]
-    run_all(jobs, path, final=arguments.action == "final")
+    run_all(jobs, path, arguments.action == "final", arguments.device)
 
 
 if __name__ == "__main__":
