@@ -389,7 +389,7 @@ def figure(
     """Draw an analytical figure, and write it as PNG with its numbers as CSV.
 
     kl: the KL and its approximations. gradient-variance: multiplicative against additive noise,
-    measured in half a minute. shrinkage: VD-ARD beside the RVM and L1.
+    measured in half a minute. shrinkage: VD-ARD beside the RVM and L1. all: these three.
     """
     from bayes_svdo.experiments import figures
 

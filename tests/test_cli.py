@@ -85,7 +85,7 @@ def test_version():
 def test_the_module_runs_as_the_command_does():
     """What pyproject's entry point calls, in a process of its own."""
     result = subprocess.run(
-        [sys.executable, "-m", "bayes_svdo.cli", "fit", "--data", "digit"],
+        [sys.executable, "-m", "bayes_svdo", "fit", "--data", "digit"],
         capture_output=True,
         text=True,
         check=False,
@@ -93,6 +93,36 @@ def test_the_module_runs_as_the_command_does():
     assert result.returncode == 2
     assert result.stdout == ""
     assert re.fullmatch(r'bayes-svdo: unknown data set "digit"\. .*"digits".*\n', result.stderr)
+
+
+@pytest.mark.parametrize("late", ["typer", "torch"])
+def test_ctrl_c_while_modules_are_imported_is_one_line(late):
+    """What pyproject's entry point calls, interrupted at the import of one of them."""
+    program = f"""if True:
+        import sys
+        from bayes_svdo.__main__ import main
+        class Interruption:
+            def find_spec(self, name, *others):
+                if name == "{late}":
+                    raise KeyboardInterrupt
+        assert not {{"typer", "torch", "numpy"}} & set(sys.modules)
+        sys.meta_path.insert(0, Interruption())
+        sys.argv = ["bayes-svdo", "fit"]
+        main()
+    """
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert found.stderr == "bayes-svdo: interrupted\n"
+    assert (found.returncode, found.stdout) == (130, "")
+
+
+@pytest.mark.parametrize("command", [(), ("fit",), ("demo",), ("compare",), ("figure",)])
+def test_the_help_fits_into_80_columns_and_flags_take_no_value(command):
+    shown = CliRunner(env={"COLUMNS": "80"}).invoke(cli.app, [*command, "--help"]).stdout
+    options = [line for line in shown.splitlines() if line.startswith("│ --")]
+    assert options
+    assert not re.findall(r"--[\w-]*…|--no-", shown)
+    flags = [line for line in options if "<bool>" in line.lower() or "boolean" in line.lower()]
+    assert all("--help" in line for line in flags)
 
 
 # Errors: one line, exit code 2, nothing written.

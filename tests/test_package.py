@@ -62,6 +62,24 @@ def test_nothing_imports_the_links_at_the_top():
             assert not {n.split(".")[0] for n in names} & {"models", "inference"}, path.name
 
 
+def test_the_package_loads_torch_when_it_is_asked_for():
+    """The help of the command is quick, and Ctrl-C is caught from the start."""
+    program = (
+        "import sys, bayes_svdo\n"
+        "print('torch' in sys.modules)\n"
+        "bayes_svdo.__version__\n"
+        "print('torch' in sys.modules)\n"
+        "from bayes_svdo import *\n"
+        "print('torch' in sys.modules, fit is bayes_svdo.inference.fit)\n"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert found.stdout.split() == [b"False", b"False", b"True", b"True"]
+    assert {*bayes_svdo.__all__, "inference"} <= set(dir(bayes_svdo))
+    assert bayes_svdo.models.BayesianNetwork is bayes_svdo.BayesianNetwork
+    with pytest.raises(AttributeError, match="no attribute 'fitt'"):
+        _ = bayes_svdo.fitt
+
+
 def test_the_toolkit_is_loaded_when_it_is_asked_for():
     program = (
         "import sys, bayes_svdo\n"

@@ -132,7 +132,7 @@ def plot_log_alpha(
         for ax in axes[max(0, len(layers) - columns) : len(layers)]:
             ax.set_xlabel("log α")
             ax.tick_params(labelbottom=True)
-        kept = sum(int((values < threshold).sum()) for values in layers.values())
+        kept = posterior.sparsity(threshold).nonzero
         total = sum(values.size for values in layers.values())
         figure.suptitle(
             f"{kept:,} of {total:,} weights are kept: their log α is below {threshold:g}",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ class LayerSparsity:
         name: Site name.
         shape: Shape of the weight.
         weights: Number of weights.
-        nonzero: Weights with log alpha below the threshold.
+        nonzero: Weights with log alpha below the threshold; all, if the prior is not scale-free.
         log_alpha: Quantiles 5 %, 50 % and 95 % of log alpha (nearest values).
     """
 
@@ -157,18 +157,28 @@ class SparsityTable(Sequence[LayerSparsity]):
 
 
 def sparsity_table(
-    log_alpha: Mapping[str, Tensor], threshold: float, num_biases: int = 0, num_dense: int = 0
+    log_alpha: Mapping[str, Tensor],
+    threshold: float,
+    num_biases: int = 0,
+    num_dense: int = 0,
+    prunable: Collection[str] | None = None,
 ) -> SparsityTable:
-    """Sparsity at a threshold, from ``log alpha`` of each site (any shape; inf where pruned)."""
+    """Sparsity at a threshold, from ``log alpha`` of each site (any shape; inf where pruned).
+
+    Sites outside of ``prunable`` (all, if None) are dense, whatever their log alpha.
+    """
     return SparsityTable(
-        tuple(_layer(name, value, threshold) for name, value in log_alpha.items()),
+        tuple(
+            _layer(name, value, threshold, prunable is None or name in prunable)
+            for name, value in log_alpha.items()
+        ),
         threshold,
         num_biases,
         num_dense,
     )
 
 
-def _layer(name: str, log_alpha: Tensor, threshold: float) -> LayerSparsity:
+def _layer(name: str, log_alpha: Tensor, threshold: float, prunable: bool) -> LayerSparsity:
     flat = log_alpha.flatten().to(torch.promote_types(log_alpha.dtype, torch.float32))
     # Order statistics: between two of which one is inf, nothing lies; and torch.quantile takes no
     # more than 2^24 values.
@@ -177,6 +187,6 @@ def _layer(name: str, log_alpha: Tensor, threshold: float) -> LayerSparsity:
         name,
         tuple(log_alpha.shape),
         log_alpha.numel(),
-        int((log_alpha < threshold).sum()),
+        int((log_alpha < threshold).sum()) if prunable else log_alpha.numel(),
         tuple(float(flat.kthvalue(rank).values) for rank in ranks),
     )

@@ -4,7 +4,7 @@
 
 - ``"weights"``: draws of all weights, each used for all rows: draws are functions of ``x``.
 - ``"local"``: draws by local reparameterization, as in training. Rows of ``x`` are drawn
-  independently, so a draw is no function of ``x``; and so are the positions of a convolution and the
+  independently, so a draw is no function of ``x``; so are the positions of a convolution and the
   tokens of a sequence: what pools over them is said to be surer than it is.
 - ``"moments"``: means and variances in one pass (:mod:`bayes_svdo.analysis.moments`); an
   approximation, for networks of linear layers and ReLU.

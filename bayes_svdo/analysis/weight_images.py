@@ -167,7 +167,7 @@ def _states_before(posterior: Posterior, site: str) -> dict[str, Array]:
     """The site's weights before training and before pruning, as far as there are such."""
     states = {}
     if isinstance(posterior.model, BayesianNetwork):
-        states["before training"] = array(posterior.model.initial_weights()[site])
+        states["before training"] = array(posterior.model.own_weights()[site])
     if not posterior.log_alpha()[site].isinf().any():
         states["before pruning"] = array(posterior.means(math.inf)[site])
     return states

@@ -12,9 +12,13 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 from bayes_svdo.distributions.additive_noise import AdditiveNoiseNormal
+from bayes_svdo.distributions.special import signed
 
 # More would overflow a sum of float32 variances; the KL still sees the true value.
 _MAX_LOG_VARIANCE = 40.0
+
+# Says whether hooks such as a checkpoint's are in place; torch has it since 2.8.
+_top_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 Reuse = Literal["draw", "independent"]
 
@@ -49,6 +53,7 @@ class WeightReused(Exception):
         self.name = name
 
 
+@signed
 class _BoundedExp(torch.autograd.Function):
     """``exp(x)``, at most ``exp(bound)``; its gradient is the bounded value, never zero."""
 
@@ -66,6 +71,13 @@ class _BoundedExp(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (output,) = ctx.saved_tensors
         return grad * output, None
+
+
+def _may_be_checkpointed() -> bool:
+    """Whether a checkpoint may be under way: a quick look that spares one at the whole stack."""
+    if _top_hooks is None:
+        return torch.is_grad_enabled()  # a checkpoint does nothing without gradients
+    return _top_hooks(True) is not None
 
 
 class Draw:
@@ -91,7 +103,7 @@ class Draw:
         self.check_gradients()
         if self.used and self.reuse == "draw":
             raise WeightReused(self.name)
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        if _may_be_checkpointed():
             self._refuse_checkpoints()
         self.used = True
 

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from bayes_svdo._names import unknown_name
-from bayes_svdo.distributions.special import exact_kl, in_working_precision, softplus
+from bayes_svdo.distributions.special import (
+    check_floating_point,
+    exact_kl,
+    in_working_precision,
+    signed,
+    softplus,
+)
 
 Approximation = Literal["exact", "molchanov2017", "poster2016", "kingma2015"]
 
@@ -49,9 +55,8 @@ def log_alpha(loc: Tensor, log_sigma2: Tensor) -> Tensor:  # broadcasts
     Raises:
         TypeError: One of the two is not a floating-point tensor.
     """
-    for name, value in (("loc", loc), ("log_sigma2", log_sigma2)):
-        if not value.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}.")
+    check_floating_point("loc", loc)
+    check_floating_point("log_sigma2", log_sigma2)
     dtype = torch.result_type(loc, log_sigma2)
     working = dtype if dtype in (torch.float32, torch.float64) else torch.float32
     if loc.shape != log_sigma2.shape:
@@ -92,12 +97,14 @@ def kl_log_uniform(
             reads a value back from the device, so tracing, compiling and ``vmap`` need this too.
 
     Raises:
+        TypeError: ``log_alpha`` is not a floating-point tensor.
         ValueError: Unknown ``approximation``, or ``kingma2015`` with some ``log_alpha > 0``.
 
     >>> kl_log_uniform(torch.tensor([-2.0, 0.0, 2.0]))
     tensor([1.5405, 0.4312, 0.0684])
     """
     check_approximation(approximation)
+    check_floating_point("log_alpha", log_alpha)
     if approximation == "exact":
         return exact_kl(log_alpha)
     if approximation == "kingma2015":
@@ -118,6 +125,9 @@ def kl_empirical_bayes(log_alpha: Tensor) -> Tensor:  # (*shape) -> (*shape)
 
     The optimal prior variance of a weight is ``loc² + sigma²`` (Kharitonov, Molchanov & Vetrov,
     2018, https://arxiv.org/abs/1811.00596). Elementwise, in nats per weight.
+
+    Raises:
+        TypeError: ``log_alpha`` is not a floating-point tensor.
     """
     return in_working_precision(lambda x: 0.5 * softplus(-x), log_alpha)
 
@@ -148,6 +158,7 @@ def _refuse_beyond_one(log_alpha: Tensor) -> None:
         )
 
 
+@signed
 class _LogAlpha(torch.autograd.Function):
     """``log_sigma2 - 2 log hypot(loc, sqrt(tiny))``, working in place and saving ``loc`` alone."""
 
@@ -172,6 +183,7 @@ class _LogAlpha(torch.autograd.Function):
         return (grad * _slope_in_loc(loc) if ctx.needs_input_grad[0] else None), grad
 
 
+@signed
 class _LogAlphaSlope(torch.autograd.Function):
     """``-2 loc / (loc² + tiny)``, with no square that could overflow."""
 
@@ -199,6 +211,7 @@ def _slope_in_loc(loc: Tensor) -> Tensor:
     return slope
 
 
+@signed
 class _SigmoidKL(torch.autograd.Function):
     """``k1 sigmoid(-k2 - k3 log_alpha) + softplus(-log_alpha)/2``, and its slope.
 

@@ -57,7 +57,8 @@ class ScaleFreePrior(TorchDistribution):
         raise NotImplementedError(
             f"{type(self).__name__} cannot be sampled: {self.why_no_sample}.\n"
             "  Give the site its value by a guide (as SVI does) or by poutine.condition, or use a "
-            "proper prior such as Normal."
+            "proper prior such as Normal. Pyro's autoguides start from a draw of the prior unless "
+            "told: AutoNormal(model, init_loc_fn=init_to_value(values={...}))."
         )
 
     def rsample(self, sample_shape: Shape = ()) -> NoReturn:

@@ -23,8 +23,9 @@ Hessian take ``torch.func.jacrev`` twice, as ``torch.func.jvp`` and ``hessian`` 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -72,19 +73,36 @@ def softplus(x: Tensor) -> Tensor:  # (*shape) -> (*shape)
     return F.softplus(x, threshold=50.0)
 
 
+def check_floating_point(name: str, value: object) -> None:
+    """Raise a TypeError that names the argument unless ``value`` is a floating-point tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a floating-point tensor, got {value!r}.")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}.")
+
+
 def in_working_precision(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """``function(x)``, with float16 and bfloat16 computed in float32 and cast back.
 
     Raises:
         TypeError: ``x`` is not a real floating-point tensor.
     """
+    check_floating_point("log_alpha", x)
     if x.dtype in (torch.float32, torch.float64):
         return function(x)
-    if not x.is_floating_point():
-        raise TypeError(f"log_alpha must be a floating-point tensor, got {x.dtype}.")
     return function(x.float()).to(x.dtype)
 
 
+FunctionType = TypeVar("FunctionType", bound=type[torch.autograd.Function])
+
+
+def signed(function: FunctionType) -> FunctionType:
+    """Keep the signature of ``forward``, which torch works out anew at every call."""
+    function.forward.__signature__ = inspect.signature(function.forward)  # type: ignore[attr-defined]
+    return function
+
+
+@signed
 class _ExactKL(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -104,6 +122,7 @@ class _ExactKL(torch.autograd.Function):
         return grad * exact_kl_slope(log_alpha)
 
 
+@signed
 class _ExactSlope(torch.autograd.Function):
     generate_vmap_rule = True
 

@@ -12,7 +12,7 @@ weight (rows of a batch, positions of a feature map, occurrences of a word) is d
 Molchanov, Ashukha & Vetrov (2017), https://arxiv.org/abs/1701.05369. A product of weights (with one
 another, or with a parameter or buffer of the network) holds no data, and is computed from the drawn
 weight. What a network *computes* from such tensors looks like data; a weight that is multiplied by
-it (a low-rank factor, a hypernetwork) must be named: ``LocalReparameterization(drawn={...})``.
+it (a low-rank factor, a hypernetwork) must be named: ``TraceAnalyticKL_ELBO(drawn={...})``.
 """
 
 from __future__ import annotations

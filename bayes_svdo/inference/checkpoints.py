@@ -44,10 +44,11 @@ class CheckpointError(ValueError):
 def save_posterior(posterior: Posterior, path: str | os.PathLike[str]) -> Path:
     """Write a posterior to the folder ``path``, replacing a posterior that is there.
 
-    Of a Pyro model written by hand, the guide is saved, and the parameters if it is a module.
+    Of a Pyro model written by hand, the guide is saved, and the parameters if it is a module. A
+    network whose prior is neither ``LogUniform`` nor ``EmpiricalBayes``, or whose likelihood is of
+    a class of your own, is saved without it: :func:`load_posterior` then needs the ``model``.
 
     Raises:
-        TypeError: The prior or the likelihood of a network is of a class of your own.
         FileExistsError: ``path`` exists and is neither a saved posterior nor an empty folder.
     """
     target = Path(path)
@@ -78,7 +79,8 @@ def load_posterior(
         path: Where :meth:`~bayes_svdo.inference.Posterior.save` wrote it.
         net: The network, as it was given to ``BayesianNetwork``; its weights do not matter. Not
             needed for networks of :mod:`bayes_svdo.models`.
-        model: The Pyro model, if it was written by hand; one that is a module is copied.
+        model: The Pyro model, if it was written by hand, or the ``BayesianNetwork`` as it was given
+            to ``fit``: needed if its prior or likelihood is not one of ours. A module is copied.
 
     Returns:
         The posterior, on the CPU.
@@ -103,7 +105,11 @@ def _rebuild(
     model: Callable[..., Any] | None,
     folder: Path,
 ) -> Posterior:
-    if "model" in description:
+    if "model" not in description and isinstance(model, BayesianNetwork):
+        _check_network(description, net, model, folder)
+        model = deepcopy(model)
+        guide = AdditiveNoiseGuide(model, **description["guide"])
+    elif "model" in description:
         if net is not None or not callable(model) or isinstance(model, BayesianNetwork):
             raise CheckpointError(
                 f"{folder} holds the posterior of {description['model']}, a Pyro model written by "
@@ -114,7 +120,7 @@ def _rebuild(
     elif model is not None:
         raise CheckpointError(
             f"{folder} holds a network, not a Pyro model written by hand.\n"
-            "  Try Posterior.load(path, net=...), without a model."
+            "  Try Posterior.load(path, net=...), or a BayesianNetwork for a model."
         )
     else:
         model = _make_network(description, net, folder)
@@ -122,6 +128,8 @@ def _rebuild(
     for prefix, module in (("model.", model), ("guide.", guide)):
         if isinstance(module, nn.Module):
             _restore(module, prefix, tensors, folder)
+    if isinstance(model, BayesianNetwork):
+        model.start_from(guide.median())
     named_apart(model, guide)
     return Posterior(
         model.eval() if isinstance(model, nn.Module) else model,
@@ -129,12 +137,48 @@ def _rebuild(
         history=History([_map_numbers(_from_json, row) for row in description["history"]]),
         threshold=_from_json(description["threshold"]),
         stopped_because=description["stopped_because"],
+        drawn=description.get("drawn", ()),
     )
+
+
+def _check_network(
+    description: dict[str, Any], net: nn.Module | None, model: BayesianNetwork, folder: Path
+) -> None:
+    """Refuse a network that is given, but is not the one that was saved."""
+    if net is not None:
+        raise CheckpointError("both net and model are given.\n  Try the model alone.")
+    described = _describe_network(model)
+    for part, what in (
+        ("sites", "sites"),
+        ("num_data", "num_data"),
+        ("prior", "a prior"),
+        ("likelihood", "a likelihood"),
+    ):
+        if described[part] != description[part]:
+            raise CheckpointError(
+                f"{folder} has {what} {_shown(description[part])}, but model has "
+                f"{_shown(described[part])}."
+            )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        name = value.get("name", value.get("class"))
+        rest = [f"{k}={v}" for k, v in value.items() if k not in ("name", "class")]
+        return f"{name}({', '.join(rest)})"
+    return ", ".join(value) if isinstance(value, list) else str(value)
 
 
 def _make_network(
     description: dict[str, Any], net: nn.Module | None, folder: Path
 ) -> BayesianNetwork:
+    for part in ("prior", "likelihood"):
+        if "class" in description[part]:
+            raise CheckpointError(
+                f"{folder} holds a network whose {part} is a {description[part]['class']}, which "
+                "cannot be saved.\n  Try Posterior.load(path, model=...), with the "
+                "BayesianNetwork as it was given to fit."
+            )
     if net is None:
         if description["network"] is None:
             raise CheckpointError(
@@ -169,11 +213,12 @@ def _restore_guide(
         for frame in stack:  # a prototype has seen a part of a plate that is subsampled
             shape[frame.dim - event_dim] = frame.size
         frames |= {frame.name: frame for frame in stack}
+        prior: Any = LogUniform() if site.get("prunable", True) else Normal(0.0, 1.0)
         trace.add_node(
             name,
             name=name,
             type="sample",
-            fn=Normal(0.0, 1.0).expand(shape).to_event(event_dim),
+            fn=prior.expand(shape).to_event(event_dim),
             value=torch.zeros(shape),
             is_observed=False,
             cond_indep_stack=stack,
@@ -249,13 +294,7 @@ def _tensors(posterior: Posterior) -> dict[str, Tensor]:
 def _describe(posterior: Posterior) -> dict[str, Any]:
     model, guide = posterior.model, posterior.guide
     if isinstance(model, BayesianNetwork):
-        described: dict[str, Any] = {
-            "network": _spec(model.net),
-            "sites": list(model.sites),
-            "num_data": model.num_data,
-            "prior": _describe_prior(model.prior),
-            "likelihood": _describe_likelihood(model.likelihood),
-        }
+        described = {"network": _spec(model.net), **_describe_network(model)}
     else:
         described = {
             "model": getattr(model, "__name__", type(model).__name__),
@@ -268,7 +307,17 @@ def _describe(posterior: Posterior) -> dict[str, Any]:
         },
         "threshold": _to_json(posterior.threshold),
         "stopped_because": posterior.stopped_because,
+        "drawn": sorted(posterior.drawn),
         "history": [_map_numbers(_to_json, row) for row in posterior.history],
+    }
+
+
+def _describe_network(model: BayesianNetwork) -> dict[str, Any]:
+    return {
+        "sites": list(model.sites),
+        "num_data": model.num_data,
+        "prior": _describe_prior(model.prior),
+        "likelihood": _describe_likelihood(model.likelihood),
     }
 
 
@@ -289,6 +338,7 @@ def _describe_site(guide: AdditiveNoiseGuide, name: str) -> dict[str, Any]:
     frames = guide.prototype_trace.nodes[name]["cond_indep_stack"]
     return {
         "event_dim": guide._event_dims[name],
+        "prunable": name in guide.prunable_sites,
         "plates": [
             {"name": f.name, "dim": f.dim, "size": f.size, "full_size": f.full_size} for f in frames
         ],
@@ -313,13 +363,12 @@ def _is_empty_folder(path: Path) -> bool:
 
 
 def _describe_prior(prior: Any) -> dict[str, Any]:
-    if isinstance(prior, LogUniform):
+    """By name if it can be made again; else its class alone. A subclass has a KL of its own."""
+    if type(prior) is LogUniform:
         return {"name": "LogUniform", "kl": prior.kl, "extrapolate": prior.extrapolate}
-    if isinstance(prior, EmpiricalBayes):
+    if type(prior) is EmpiricalBayes:
         return {"name": "EmpiricalBayes"}
-    raise TypeError(
-        f"only LogUniform and EmpiricalBayes priors can be saved, but the prior is {prior}."
-    )
+    return {"class": type(prior).__name__}
 
 
 def _make_prior(description: dict[str, Any]) -> LogUniform | EmpiricalBayes:
@@ -333,10 +382,7 @@ def _describe_likelihood(likelihood: Likelihood) -> dict[str, Any]:
         return {"name": "Gaussian", "noise": likelihood.noise}  # the scale is in the tensors
     if type(likelihood) in (Categorical, Bernoulli):
         return {"name": type(likelihood).__name__}
-    raise TypeError(
-        "only Categorical, Bernoulli and Gaussian likelihoods can be saved, not "
-        f"{type(likelihood).__name__}."
-    )
+    return {"class": type(likelihood).__name__}
 
 
 def _make_likelihood(description: dict[str, Any]) -> Likelihood:

@@ -8,7 +8,7 @@ and lets linear operations draw their output instead of their weights (local rep
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from pyro.util import check_model_guide_match, check_site_shape, warn_if_nan
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from bayes_svdo._names import closest
 from bayes_svdo.distributions.undrawn import LocalReparameterization, Reuse, WeightReused
 
 
@@ -55,9 +56,16 @@ class ELBOTerms(NamedTuple):
 class TraceAnalyticKL_ELBO(TraceMeanField_ELBO):
     """Negative ELBO with analytic KLs and local reparameterization.
 
-    Equal to ``pyro.infer.TraceMeanField_ELBO`` for the same draws, and equal to it in expectation
-    under local reparameterization, with less noise and less work. Like it, it falls back to
+    Equal to ``pyro.infer.TraceMeanField_ELBO`` for the same draws. Like it, it falls back to
     ``log q - log p`` at the draw for sites whose KL is not registered.
+
+    Under local reparameterization it has less noise and takes less work, and is equal to it in
+    expectation where a weight meets each data point once, as in dense layers. Where a weight meets
+    a data point several times (the positions of a convolution, the words of an embedding, the
+    tokens of a linear layer) each of them gets noise of its own, by the convention of Molchanov et
+    al. (2017): the dependence between them is dropped, and the expected negative log likelihood is
+    another one, lower where the network averages over them. ``local_reparameterization=False``, or
+    ``drawn`` for such sites, gives the objective of the posterior itself.
 
     A weight that turns out to be used more than once is drawn from then on; its pass is started
     again, once (see :class:`~bayes_svdo.distributions.undrawn.WeightReused`).
@@ -67,10 +75,13 @@ class TraceAnalyticKL_ELBO(TraceMeanField_ELBO):
             number or a scalar tensor, which may be changed between steps (KL warm-up).
         local_reparameterization: Whether linear operations draw their output instead of weights.
         reuse: See :class:`~bayes_svdo.distributions.UndrawnSample`.
+        drawn: Names of sites whose weights are drawn all the same; ``method="local"`` of the
+            predictive distribution of a posterior that ``fit`` finds draws them, too.
         **kwargs: As for ``TraceMeanField_ELBO`` (``num_particles``, ``vectorize_particles``, ...).
 
     Raises:
-        ValueError: ``kl_weight`` is negative or not finite.
+        ValueError: ``kl_weight`` is negative or not finite; or, when it is evaluated, the guide has
+            no site of a name in ``drawn``.
 
     Example::
 
@@ -85,6 +96,7 @@ class TraceAnalyticKL_ELBO(TraceMeanField_ELBO):
         *,
         local_reparameterization: bool = True,
         reuse: Reuse = "draw",
+        drawn: str | Collection[str] = (),
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -93,11 +105,12 @@ class TraceAnalyticKL_ELBO(TraceMeanField_ELBO):
         self.kl_weight = kl_weight
         self.local_reparameterization = local_reparameterization
         self.reuse = reuse
-        self._drawn: set[str] = set()
+        self.drawn = frozenset([drawn] if isinstance(drawn, str) else drawn)
+        self._reused: set[str] = set()
 
     def forget_reuse(self) -> None:
         """Forget which weights were found to be used more than once."""
-        self._drawn.clear()
+        self._reused.clear()
 
     def terms(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
@@ -150,18 +163,27 @@ class TraceAnalyticKL_ELBO(TraceMeanField_ELBO):
             try:
                 return self._score(*self._get_trace(model, guide, args, kwargs))
             except WeightReused as error:
-                self._drawn.add(error.name)
+                self._reused.add(error.name)
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         if self.local_reparameterization:
-            guide = LocalReparameterization(self._drawn, self.reuse)(guide)
+            guide = LocalReparameterization(self.drawn | self._reused, self.reuse)(guide)
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        self._check_drawn(guide_trace)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(
             *args, **kwargs
         )
         if is_validation_enabled():
             check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
         return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+
+    def _check_drawn(self, guide_trace: Any) -> None:
+        for name in sorted(self.drawn - guide_trace.nodes.keys()):
+            sites = guide_trace.stochastic_nodes
+            raise ValueError(
+                f'drawn names "{name}", which is no site of the guide.{closest(name, sites)} Its '
+                f"sites: {', '.join(sites)}."
+            )
 
     def _score(self, model_trace: Any, guide_trace: Any) -> ELBOTerms:
         observed, kl = {}, {}

@@ -17,13 +17,14 @@ from typing import Any, Literal, Self, cast, get_args
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import ExpandedDistribution, MaskedDistribution
 from pyro.infer.autoguide import AutoGuide
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.autoguide.utils import deep_setattr
 from pyro.nn import PyroModule, PyroParam
 from pyro.ops.tensor_utils import periodic_repeat
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import Independent, constraints
 
 from bayes_svdo._names import closest, unknown_name
 from bayes_svdo.distributions import AdditiveNoiseNormal, log_alpha
@@ -32,6 +33,7 @@ from bayes_svdo.distributions.pruned import (
     Block,
     PrunedAdditiveNoiseNormal,
 )
+from bayes_svdo.distributions.scale_free import ScaleFreePrior
 from bayes_svdo.models import BayesianNetwork
 
 Sigma = Literal["weight", "unit", "layer"]
@@ -58,7 +60,8 @@ class AdditiveNoiseGuide(AutoGuide):
             unit (first dimension of the weight); ``"layer"``, one per site.
         init: Where ``loc`` starts: a mapping from site name to tensor, or a function of the Pyro
             site that returns one. Default: a network's own weights (so a pretrained net is a warm
-            start), and draws from N(0, 0.01²) for sites of a hand-written model.
+            start) or, for the model of a posterior, its means; and draws from N(0, 0.01²) for
+            sites of a hand-written model.
 
     Raises:
         TypeError: ``init`` gives a value that is not a floating-point tensor, or of another dtype
@@ -145,6 +148,7 @@ class AdditiveNoiseGuide(AutoGuide):
         self.keep = PyroModule()
         self._event_dims: dict[str, int] = {}
         sites = dict(self.prototype_trace.iter_stochastic_nodes())
+        self._prunable = tuple(name for name, site in sites.items() if _is_scale_free(site["fn"]))
         if isinstance(self._init, Mapping):
             for name in self._init:
                 if name not in sites:
@@ -181,6 +185,15 @@ class AdditiveNoiseGuide(AutoGuide):
         """Names of the latent sites, in the model's order; empty before a first call."""
         return tuple(getattr(self, "_event_dims", ()))
 
+    @property
+    def prunable_sites(self) -> tuple[str, ...]:
+        """Names of the sites whose prior is a ``ScaleFreePrior``: the others are never pruned.
+
+        A large log alpha says that a weight is irrelevant under such a prior. Under a proper one,
+        such as N(0, 1), it says only that zero is within the posterior's width.
+        """
+        return tuple(getattr(self, "_prunable", ()))
+
     def parameters_of(self, name: str) -> tuple[Tensor, Tensor]:
         """``loc`` and ``log_sigma2`` of a site, both of the site's shape; zeros where pruned."""
         loc, log_sigma2 = attrgetter(name)(self.loc), attrgetter(name)(self.log_sigma2)
@@ -209,22 +222,34 @@ class AdditiveNoiseGuide(AutoGuide):
         return result
 
     @torch.no_grad()
+    def is_pruned(self, threshold: float) -> dict[str, Tensor]:
+        """Which weights are pruned at a threshold, a mask by site: those pruned for good, too.
+
+        None of the sites outside of :attr:`prunable_sites`.
+        """
+        return {
+            name: value >= threshold
+            if name in self.prunable_sites
+            else torch.zeros_like(value, dtype=torch.bool)
+            for name, value in self.log_alpha().items()
+        }
+
+    @torch.no_grad()
     def prune_(self, threshold: float) -> None:
         """Set weights with ``log alpha >= threshold`` to zero, mean and variance, for good.
 
         One-way: the ``train_clip`` of the authors' code. A pruned weight gets no gradient and its
-        KL is zero.
+        KL is zero. Sites outside of :attr:`prunable_sites` stay as they are.
 
         Raises:
             ValueError: Some log alpha is NaN; nothing is pruned then.
         """
-        values = self.log_alpha()
-        for name, value in values.items():
+        for name, value in self.log_alpha().items():
             if value.isnan().any():
                 raise ValueError(f'at site "{name}", {int(value.isnan().sum())} log alpha are NaN.')
-        for name, value in values.items():
+        for name, pruned in self.is_pruned(threshold).items():
             keep = attrgetter(name)(self.keep)
-            keep &= value < threshold
+            keep &= ~pruned
         if not self._has_pruned:
             self._mask()
         self._shrink_blocks()
@@ -364,6 +389,12 @@ def _for_all_of_its_plates(value: Tensor, site: Mapping[str, Any]) -> Tensor:
             dim = frame.dim - site["fn"].event_dim
             value = periodic_repeat(value, full_size, dim).contiguous()
     return value
+
+
+def _is_scale_free(prior: Any) -> bool:
+    while isinstance(prior, (Independent, MaskedDistribution, ExpandedDistribution)):
+        prior = prior.base_dist
+    return isinstance(prior, ScaleFreePrior)
 
 
 def _is_real(support: Any) -> bool:

@@ -19,7 +19,8 @@ class History(Sequence[Row]):
     - ``epoch``, ``step``: counted from 1, at the end of the epoch.
     - ``nll``: negative log likelihood of a training point under the noise, nats.
     - ``kl``: KL of all weights, nats, before ``kl_weight``; ``kl/<site>``: of one site.
-    - ``objective``: ``nll + kl_weight * kl / num_data``.
+    - ``objective``: of ``nll + kl_weight * kl / num_data``, each step with its own ``kl_weight``;
+      where that changes within the epoch (KL warm-up), the row's numbers do not add up to it.
     - ``kl_weight``, ``lr``: at the last step of the epoch; the former is the product of the
       schedule's and the objective's own.
     - ``accuracy`` or ``rmse``: of the noisy network on the training batches.

@@ -64,8 +64,8 @@ class Posterior:
         history: One row per epoch.
         threshold: A weight is pruned where ``log alpha >= threshold``, unless another is given.
         stopped_because: Why training ended, in words.
-        drawn: Sites whose weights predictions draw, as the objective did, where others are left
-            to local reparameterization.
+        drawn: Sites whose weights ``predictive(..., method="local")`` draws, as the objective did;
+            others are left to local reparameterization.
     """
 
     def __init__(

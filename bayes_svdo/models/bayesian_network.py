@@ -42,6 +42,10 @@ _NORMALISATION = (
 )
 
 
+class OutputError(TypeError):
+    """A network's output is not one tensor."""
+
+
 class BayesianNetwork(PyroModule):
     """A network whose weights carry a prior: a Pyro model ``model(x, y=None)``.
 
@@ -63,7 +67,8 @@ class BayesianNetwork(PyroModule):
             ``bias`` and does not belong to a normalisation layer.
 
     Raises:
-        TypeError: ``net``, ``likelihood``, ``prior`` or ``where`` is not of its type.
+        TypeError: ``net``, ``likelihood``, ``prior`` or ``where`` is not of its type, or ``net``
+            cannot be copied.
         ValueError: ``num_data`` is not a positive integer, or ``where``, or an entry of it, selects
             nothing.
     """
@@ -97,16 +102,40 @@ class BayesianNetwork(PyroModule):
                 f"such as LogUniform() or pyro.distributions.Normal(0.0, 1.0), but is {prior!r}."
             )
         self.sites: tuple[str, ...] = _select(net, where)
-        self.net = deepcopy(net)
+        self.net = _copied(net)
         _freeze(self.net, self.sites)
         self.likelihood = likelihood
         self.num_data = int(num_data)
         own = self.net.get_buffer(self.sites[0])
         self.prior = _moved(prior, lambda value: value.to(own))
 
-    def initial_weights(self) -> dict[str, Tensor]:
+    def own_weights(self) -> dict[str, Tensor]:
         """The net's own value of each site, by site name."""
         return {name: self.net.get_buffer(name) for name in self.sites}
+
+    def initial_weights(self) -> dict[str, Tensor]:
+        """Where a guide starts, by site name: the net's own weights, or what was given instead."""
+        return {
+            name: own if (start := self._buffers.get(_start(number))) is None else start
+            for number, (name, own) in enumerate(self.own_weights().items())
+        }
+
+    def start_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Let a guide start from these weights, one for every site; they are copied.
+
+        ``fit`` gives the means that it found, so that its model goes on where they are. They are
+        no part of ``state_dict()``.
+        """
+        for number, name in enumerate(self.sites):
+            self.register_buffer(_start(number), weights[name].detach().clone(), persistent=False)
+
+    def output(self, weights: dict[str, Tensor], inputs: tuple[Any, ...]) -> Tensor:
+        """The net's output for given weights, by site name.
+
+        Raises:
+            OutputError: It is not one tensor.
+        """
+        return _call(self.net, weights, inputs)
 
     def layer_of(self, site: str) -> nn.Module:
         """The module that a site's weight belongs to."""
@@ -171,7 +200,7 @@ def _call(net: nn.Module, weights: dict[str, Tensor], inputs: tuple[Any, ...]) -
     with constants([*net.parameters(), *net.buffers()]):
         output = functional_call(net, weights, inputs)
     if not isinstance(output, Tensor):
-        raise TypeError(
+        raise OutputError(
             f"net must return one tensor, but returned a {type(output).__name__}.\n"
             "  Try a module around it that picks what the likelihood needs."
         )
@@ -186,6 +215,30 @@ def _init_messengers() -> list[Any]:
 
 def _initialised_by_sampling() -> bool:
     return any(messenger.init_fn is init_to_sample for messenger in _init_messengers())
+
+
+def _start(number: int) -> str:
+    """The buffer of the ``number``-th site's weight to start from."""
+    return f"_start_{number}"
+
+
+def _copied(net: nn.Module) -> nn.Module:
+    try:
+        return deepcopy(net)
+    except RuntimeError as error:
+        computed = [
+            f"{prefix}.{key}" if prefix else key
+            for prefix, module in net.named_modules()
+            for key, value in vars(module).items()
+            if isinstance(value, Tensor) and not value.is_leaf
+        ]
+        if not computed:
+            raise
+        raise TypeError(
+            f"net cannot be copied: {', '.join(computed)} is computed from other parameters by a "
+            "hook.\n  Try torch.nn.utils.parametrizations.weight_norm (or spectral_norm) instead "
+            "of torch.nn.utils.weight_norm, or torch.nn.utils.prune.remove."
+        ) from error
 
 
 def _moved(prior: Any, move: Callable[[Tensor], Tensor]) -> Any:

@@ -128,13 +128,20 @@ class Categorical(Likelihood):
                 f"{name} holds class labels and must be int64, but its dtype is {y.dtype}.\n"
                 f"  Try {name}.long(), if its values are whole numbers."
             )
+        if y.shape[1:] != output.shape[1:-1] and y.shape[1:] == output.shape[2:]:
+            raise ValueError(
+                f"{name} of shape {tuple(y.shape)} goes with classes in the last dimension of the "
+                f"network's output, but that has shape {tuple(output.shape)}: in the second, it "
+                "seems.\n  Try a module around the net that returns net(x).movedim(1, -1)."
+            )
         _check_shape(y, output.shape[1:-1], output, name)
         num_classes = output.shape[-1]
-        wrong = y[(y < 0) | (y >= num_classes)].unique()
-        if len(wrong):
+        outside = (y < 0) | (y >= num_classes)
+        if outside.any():
             raise ValueError(
                 f"{name} holds labels outside 0..{num_classes - 1}, the classes of the network's "
-                f"{num_classes} outputs: {_some(wrong)}."
+                f"{num_classes} outputs: {_some(y[outside].unique())}. The first is that of data "
+                f"point {int(outside.nonzero()[0, 0])}, counted from 0."
             )
 
 
@@ -173,6 +180,7 @@ class Gaussian(Likelihood):
             first, then log variances.
 
     Raises:
+        TypeError: ``scale`` is not a number.
         ValueError: ``scale`` is not positive, or ``noise`` is unknown.
     """
 
@@ -183,6 +191,9 @@ class Gaussian(Likelihood):
         self, scale: float = 1.0, noise: Literal["known", "learned", "heteroscedastic"] = "known"
     ) -> None:
         super().__init__()
+        given: object = scale
+        if isinstance(given, str) or not hasattr(given, "__float__"):
+            raise TypeError(f"scale must be a positive number, but is {scale!r}.")
         if not scale > 0 or math.isinf(scale):
             raise ValueError(f"scale must be a positive number, but is {scale}.")
         if noise not in ("known", "learned", "heteroscedastic"):

@@ -132,6 +132,14 @@ def test_reuse_is_checked() -> None:
         make(reuse="both")
 
 
+@pytest.fixture(params=["this torch", "torch before 2.8"])
+def hooks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param != "this torch":
+        monkeypatch.delattr(torch._C._autograd, "_top_saved_tensors_default_hooks", raising=False)
+        monkeypatch.setattr("bayes_svdo.distributions.draw._top_hooks", None)
+
+
+@pytest.mark.usefixtures("hooks")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_a_checkpoint_is_refused_by_name(use_reentrant: bool) -> None:
     """It would run again in the backward pass, with whatever weights are in place by then."""
@@ -140,6 +148,16 @@ def test_a_checkpoint_is_refused_by_name(use_reentrant: bool) -> None:
         checkpoint(lambda x: x * draw.draw(), x, use_reentrant=use_reentrant)
 
 
+@pytest.mark.usefixtures("hooks")
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpoint_without_gradients_is_welcome(use_reentrant: bool) -> None:
+    with torch.no_grad():
+        draw, x = make(), torch.randn(2000, dtype=torch.float64, requires_grad=True)
+        value = checkpoint(lambda x: x * draw.draw(), x, use_reentrant=use_reentrant)
+        assert torch.equal(value, x * draw.draw())
+
+
+@pytest.mark.usefixtures("hooks")
 def test_other_hooks_on_saved_tensors_are_welcome() -> None:
     draw = make()
     with torch.autograd.graph.save_on_cpu():

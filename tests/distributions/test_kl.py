@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import get_args
+from typing import Any, get_args
 
 import mpmath as mp
 import pytest
@@ -408,3 +408,17 @@ def test_unknown_approximation_with_nothing_close_lists_all() -> None:
 def test_integers_are_refused(kl: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(TypeError, match=r"log_alpha must be a floating-point tensor.*int64"):
         kl(torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize("value", [1.0, 1, None, [1.0]])
+def test_what_is_no_tensor_is_named(value: Any) -> None:
+    message = "must be a floating-point tensor, got "
+    for name in APPROXIMATIONS:
+        with pytest.raises(TypeError, match="log_alpha " + message):
+            kl_log_uniform(value, name)
+    with pytest.raises(TypeError, match="log_alpha " + message):
+        kl_empirical_bayes(value)
+    with pytest.raises(TypeError, match="loc " + message):
+        log_alpha(value, torch.zeros(()))
+    with pytest.raises(TypeError, match="log_sigma2 " + message):
+        log_alpha(torch.zeros(()), value)

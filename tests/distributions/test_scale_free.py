@@ -4,9 +4,12 @@ import copy
 import pickle
 import warnings
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
 from torch.distributions import kl_divergence
 
@@ -151,3 +154,15 @@ def test_a_prior_without_its_kl_says_so() -> None:
 
     with pytest.raises(NotImplementedError, match=r"Unfinished must define kl_from"):
         kl_divergence(AdditiveNoiseNormal(1.0, 2.0), Unfinished())
+
+
+def test_pyros_own_guides_start_from_given_values() -> None:
+    """A draw of the prior, from which they start else, is refused with the way to say so."""
+
+    def model() -> None:
+        pyro.sample("w", LogUniform().expand([3]).to_event(1))
+
+    with pytest.raises(NotImplementedError, match="init_loc_fn=init_to_value"):
+        AutoNormal(model)()
+    values = {"w": torch.ones(3)}
+    assert AutoNormal(model, init_loc_fn=init_to_value(values=values))()["w"].shape == (3,)

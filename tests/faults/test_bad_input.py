@@ -132,7 +132,7 @@ def test_network_that_does_not_return_one_tensor() -> None:
             return self.linear(x), x
 
     model = BayesianNetwork(Pair(), Categorical(), N)
-    refused(ValueError, r"the network cannot take train x of shape", model)
+    refused(TypeError, r"net must return one tensor, but returned a tuple.\n  Try", model)
 
 
 # --- labels and dtypes --------------------------------------------------------------------------
@@ -141,6 +141,7 @@ def test_network_that_does_not_return_one_tensor() -> None:
 @pytest.mark.parametrize(("label", "shown"), [(3, r": 3\."), (-1, r": -1\.")])
 def test_labels_out_of_range(source: Any, label: int, shown: str) -> None:
     message = r"train y holds labels outside 0\.\.2, the classes of the network's 3 outputs" + shown
+    message += r" The first is that of data point \d+, counted from 0\."
     y = with_value(Y, 2, label)
     refused(ValueError, message, train=source(X, y))
 
@@ -177,7 +178,7 @@ def test_outcomes_that_are_neither_0_nor_1() -> None:
 def test_inputs_of_another_dtype(dtype: torch.dtype) -> None:
     message = (
         rf"(?s)the network cannot take train x of shape \(30, 4\), dtype {dtype}.*"
-        r"Try x.to\(torch.float32\)"
+        r"Try torch.as_tensor\(x, dtype=torch.float32\)"
     )
     refused(ValueError, message, train=(X.to(dtype), Y))
 
@@ -186,7 +187,12 @@ def test_images_of_bytes() -> None:
     images = torch.zeros(N, 1, 4, 4, dtype=torch.uint8)
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))
     model = BayesianNetwork(net, Categorical(), N)
-    refused(ValueError, r"(?s)dtype torch.uint8.*Try x.to\(torch.float32\)", model, (images, Y))
+    refused(
+        ValueError,
+        r"(?s)dtype torch.uint8.*Try torch.as_tensor\(x, dtype=torch.float32\)",
+        model,
+        (images, Y),
+    )
 
 
 # --- NaN, inf, nothing --------------------------------------------------------------------------
@@ -497,7 +503,8 @@ def test_what_a_loader_gives_is_checked_as_it_comes(training: None, shuffle: boo
     nan = DataLoader(Records(with_value(X, (25, 1), NAN), Y), batch_size=5, shuffle=shuffle)
     refused(ValueError, r"train x, batch \d, holds NaN or inf, in 1 of 5", train=nan, **kwargs)
     labels = DataLoader(Records(X, with_value(Y, 25, 9)), batch_size=5, shuffle=shuffle)
-    refused(ValueError, r"train y holds labels outside 0\.\.2.*: 9\.", train=labels, **kwargs)
+    message = r"batch \d: train y holds labels outside 0\.\.2.*: 9\. The first.* data point \d,"
+    refused(ValueError, message, train=labels, **kwargs)
 
 
 class Stream(IterableDataset[Any]):
@@ -540,5 +547,5 @@ def test_stream_without_a_length_serves_for_validation() -> None:
 
 def test_arrays_that_are_of_numpys_own_default_dtype() -> None:
     """The commonest mistake: float64, where networks are float32."""
-    message = r"(?s)dtype torch.float64.*Try x.to\(torch.float32\)"
+    message = r"(?s)dtype torch.float64.*Try torch.as_tensor\(x, dtype=torch.float32\)"
     refused(ValueError, message, train=(np.zeros((N, 4)), Y.numpy()))

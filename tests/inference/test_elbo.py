@@ -217,6 +217,60 @@ def test_what_was_learned_of_reuse_can_be_forgotten() -> None:
     assert losses[0] == losses[1]
 
 
+def test_named_weights_are_drawn() -> None:
+    model, guide = regression(num_data=10)
+    elbo = TraceAnalyticKL_ELBO(drawn="weight")
+    output = elbo.terms(model, guide, X[:1].repeat(10, 1), torch.zeros(10, 1)).output
+    torch.testing.assert_close(output, output[:1].expand(10, 1))  # one weight for all rows
+    elbo.forget_reuse()
+    assert elbo.drawn == {"weight"}
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_a_name_to_draw_that_is_no_site_is_refused(local: bool) -> None:
+    model, guide = regression(num_data=10)
+    elbo = TraceAnalyticKL_ELBO(drawn={"wieght"}, local_reparameterization=local)
+    with pytest.raises(ValueError, match=r'drawn names "wieght".*Did you mean "weight".*: weight'):
+        elbo.loss(model, guide, X, torch.zeros(10, 1))
+
+
+class PooledConvolution(nn.Module):
+    """One weight of 9 entries, at 36 positions of an image, and their mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.reshape(-1, 1, 8, 8)).mean((2, 3))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("net", "positions"), [(nn.Linear(9, 1, bias=False), 1), (PooledConvolution(), 36)]
+)
+def test_local_reparameterization_drops_the_dependence_between_positions(
+    net: nn.Module, positions: int
+) -> None:
+    """5 standard errors: fails by chance once in 2e6 seeds.
+
+    The output is N(0, 9) for every data point, and 9 / positions where they have noise of their
+    own: the same for a dense layer, less, and so a smaller loss, for a convolution.
+    """
+    n, particles = 8, 300
+    model = BayesianNetwork(net.double(), Gaussian(1.0), num_data=n)
+    init = {name: torch.zeros_like(value) for name, value in model.initial_weights().items()}
+    guide = AdditiveNoiseGuide(model, init_log_sigma2=0.0, init=init)
+    x, y = torch.ones(n, 9 if positions == 1 else 64), torch.zeros(n, 1)
+    torch.manual_seed(9)
+    for local, variance in ((True, 9 / positions), (False, 9.0)):
+        elbo = TraceAnalyticKL_ELBO(local_reparameterization=local, num_particles=particles)
+        expected = n * 0.5 * (math.log(2 * math.pi) + variance)
+        # Squares of a normal variable: of one for each point, or of one for all of them.
+        error = variance / 2 * math.sqrt(2 * n * (1 if local else n) / particles)
+        assert abs(float(elbo.terms(model, guide, x, y).nll) - expected) < 5 * error
+
+
 def test_independent_noise_at_each_use_is_had_on_request() -> None:
     model = network(net=TiedNet())
     guide = AdditiveNoiseGuide(model, init_log_sigma2=-2.0)

@@ -462,3 +462,31 @@ def test_pruned_guide_moves_to_a_gpu() -> None:
     here = TraceAnalyticKL_ELBO().terms(model, guide, X, Y).output
     there = TraceAnalyticKL_ELBO().terms(model.cuda(), guide.cuda(), X.cuda(), Y.cuda()).output
     torch.testing.assert_close(there.cpu(), here, rtol=1e-4, atol=1e-5)
+
+
+# --- which sites are pruned ---------------------------------------------------------------------
+
+
+def offset_regression(x: Tensor, y: Tensor | None = None) -> None:
+    """An offset under a proper prior, beside weights under an improper one."""
+    w = pyro.sample("w", LogUniform().expand([4]).mask(True).to_event(1))
+    b = pyro.sample("b", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(x @ w + b, 1.0), obs=y)
+
+
+def test_sites_under_a_proper_prior_are_never_pruned() -> None:
+    guide = AdditiveNoiseGuide(offset_regression, init_log_sigma2=0.0)
+    assert guide.prunable_sites == ()  # nothing is known yet
+    guide(X, X[:, 0])
+    assert guide.prunable_sites == ("w",)
+    assert all((value > 3).all() for value in guide.log_alpha().values())
+    pruned = guide.is_pruned(3.0)
+    assert pruned["w"].all()
+    assert not pruned["b"].any()
+    guide.prune_(3.0)
+    median = guide.median()
+    assert (median["w"] == 0).all()
+    assert (median["b"] != 0).all()
+    assert guide.log_alpha()["b"].isfinite()
+    assert guide.is_pruned(math.inf)["w"].all()  # for good

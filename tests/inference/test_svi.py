@@ -328,6 +328,54 @@ def test_an_earlier_posterior_is_a_warm_start() -> None:
     assert (on.log_alpha()["0.weight"][gone] == math.inf).all()
 
 
+def test_the_model_of_an_earlier_posterior_alone_starts_from_its_means() -> None:
+    first = quick(epochs=60, lr=0.03)
+    again = quick(first.model, epochs=0)
+    for name, mean in first.guide.median().items():
+        assert torch.equal(again.guide.median()[name], mean)
+        assert torch.equal(AdditiveNoiseGuide(first.model).median()[name], mean)
+        assert not torch.equal(first.model.own_weights()[name], mean)  # type: ignore[attr-defined]
+    torch.testing.assert_close(again.output(X, math.inf), first.output(X, math.inf))
+
+
+def test_sites_that_the_objective_draws_are_drawn_in_local_predictions() -> None:
+    elbo = TraceAnalyticKL_ELBO(drawn="0.weight")
+    model = classifier()
+    guide = AdditiveNoiseGuide(model, init_log_sigma2=-1.0)
+    posterior = quick(model, guide=guide, elbo=elbo, epochs=0)
+    assert posterior.drawn == {"0.weight"}
+    same = X[:1].repeat(8, 1)
+    hidden: list[Tensor] = []
+    posterior.model.net[0].register_forward_hook(  # type: ignore[attr-defined]
+        lambda module, x, y: hidden.append(y)
+    )
+    posterior.predictive(same, 1, method="local")
+    assert torch.allclose(hidden[-1], hidden[-1][:1].expand(8, 8))  # one weight for all rows
+    posterior.drawn = frozenset()
+    posterior.predictive(same, 1, method="local")
+    assert not torch.allclose(hidden[-1], hidden[-1][:1].expand(8, 8))
+    with pytest.raises(ValueError, match=r'drawn names "0.weigth".*Did you mean "0.weight"'):
+        quick(elbo=TraceAnalyticKL_ELBO(drawn=["0.weigth"]))
+
+
+def test_the_objective_of_an_epoch_has_the_kl_weight_of_each_step() -> None:
+    """The row's own is that of the last step, so its formula holds where that is constant."""
+    settings = {"epochs": 4, "lr": 1e-30, "kl_warmup": (0.0, 0.5), "seed": 0}
+    guide = AdditiveNoiseGuide(classifier(), init_log_sigma2=-40.0)  # terms that stay as they are
+    history = quick(guide=guide, **settings).history
+    for epoch, row in enumerate(history):
+        weights = [min((3 * epoch + step) / 6, 1.0) for step in range(3)]
+        mean = sum(weights) / 3
+        assert row["kl_weight"] == pytest.approx(weights[-1])
+        assert row["objective"] == pytest.approx(row["nll"] + mean * row["kl"] / N, rel=1e-5)
+    assert history[0]["kl_weight"] > 1.5 * mean_weight(history[0])
+    assert history[-1]["kl_weight"] == pytest.approx(mean_weight(history[-1]), rel=1e-5)
+
+
+def mean_weight(row: dict[str, float]) -> float:
+    return (row["objective"] - row["nll"]) * N / row["kl"]
+
+
 def test_a_pretrained_network_is_a_warm_start() -> None:
     net = make_net()
     optimizer = torch.optim.Adam(net.parameters(), lr=0.03)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from pyro import poutine
 from pyro.infer import Predictive
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.rnn import pack_sequence
 
@@ -852,3 +853,38 @@ def test_a_weight_times_a_constant_is_a_weight(basis: str) -> None:
 def test_num_data_may_be_an_integer_of_numpy() -> None:
     model = BayesianNetwork(nn.Linear(2, 1), Gaussian(), np.int64(64))  # type: ignore[arg-type]
     assert type(model.num_data) is int
+
+
+# --- Where guides start, and nets that cannot be copied -----------------------------------------
+
+
+def test_guides_start_from_what_is_given_instead_of_the_nets_own_weights() -> None:
+    net = nn.Linear(D, K)
+    model = network(net)
+    state = model.state_dict()
+    model.start_from({"weight": torch.full((K, D), 2.0)})
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.double()):
+        assert (each.initial_weights()["weight"] == 2).all()
+        assert torch.equal(each.own_weights()["weight"].float(), net.weight)
+    assert model.initial_weights()["weight"].dtype == torch.float64
+    assert state.keys() == model.state_dict().keys()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "hook", [nn.utils.weight_norm, lambda m: prune.l1_unstructured(m, "weight", 1)]
+)
+def test_weights_that_a_hook_computes_are_refused_with_advice(hook: Any) -> None:
+    net = nn.Sequential(nn.Linear(D, D), hook(nn.Linear(D, K)))
+    message = r"(?s)cannot be copied: 1\.weight is computed.*parametrizations\.weight_norm.*prune"
+    with pytest.raises(TypeError, match=message):
+        network(net)
+
+
+def test_a_net_that_cannot_be_copied_for_reasons_of_its_own_says_them() -> None:
+    class Stubborn(nn.Linear):
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise RuntimeError("never")
+
+    with pytest.raises(RuntimeError, match="never"):
+        network(Stubborn(D, K))

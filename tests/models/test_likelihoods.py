@@ -284,6 +284,12 @@ BAD_TARGETS: dict[str, Any] = {
         X3,
         r"ValueError: train y must have shape \(N,\).*\(2, 3\), but has shape \(6, 3\)",
     ),
+    "classes in the second dimension": (
+        Categorical(),
+        torch.zeros(N, 5, 5).long(),
+        torch.zeros(2, 3, 5, 5),
+        r"(?s)ValueError: train y of shape \(6, 5, 5\).*\(2, 3, 5, 5\).*movedim\(1, -1\)",
+    ),
     "short sequences": (
         Categorical(),
         torch.zeros(N, 2).long(),
@@ -385,3 +391,14 @@ def test_logits_of_half_precision_are_scored_in_single(dtype: torch.dtype) -> No
         found = scored(Categorical(), logits, y, 4)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, -F.cross_entropy(logits.float(), y, reduction="sum"))
+
+
+@pytest.mark.parametrize("scale", ["a", "1", None, [1.0]])
+def test_a_scale_that_is_no_number_is_named(scale: Any) -> None:
+    with pytest.raises(TypeError, match="scale must be a positive number, but is "):
+        Gaussian(scale)
+
+
+def test_a_scale_may_be_a_tensor_or_a_number_of_numpy() -> None:
+    for scale in (torch.tensor(2.0), np.float64(2.0), 2):
+        assert float(Gaussian(scale).log_scale.exp()) == pytest.approx(2.0)  # type: ignore[arg-type]
