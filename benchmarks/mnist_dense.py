@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 import tomllib
+from collections import OrderedDict
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -53,6 +54,9 @@ def run(config: dict[str, Any], seed: int, final: bool, device: str) -> dict[str
         for parameter in net.parameters():
             if parameter.dim() == 2:
                 torch.nn.init.normal_(parameter, std=config["init_std"])
+    if "input_dropout" in config:  # pixels at random, in training only
+        dropout = torch.nn.Dropout(config["input_dropout"])
+        net = torch.nn.Sequential(OrderedDict([("dropout", dropout), *net.named_children()]))
     model = BayesianNetwork(net, Categorical(), num_data=len(mnist.x_train))
     guide = AdditiveNoiseGuide(model, init_log_sigma2=config["init_log_sigma2"])
     started = time.perf_counter()

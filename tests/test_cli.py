@@ -309,7 +309,8 @@ def test_an_animation_is_drawn_on_request(tmp_path):
 
 def test_ctrl_c_while_training_leaves_a_usable_run(tmp_path):
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "bayes_svdo.cli", "fit", *TINY, "--epochs", "1000000"]
+    command = [sys.executable, "-m", "bayes_svdo.cli", "fit", *TINY, "--compile", "no"]
+    command += ["--epochs", "1000000"]
     process = subprocess.Popen(
         [*command, "--out", str(out)],
         stdout=subprocess.PIPE,
@@ -319,8 +320,10 @@ def test_ctrl_c_while_training_leaves_a_usable_run(tmp_path):
         # A shell starts what it puts into the background deaf to Ctrl-C, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    first = process.stderr.readline()
-    assert first.startswith("epoch 1/1000000"), first + process.stderr.read()
+    before = []  # a CUDA build of torch may have something to say
+    while not before or (before[-1] and not before[-1].startswith("epoch ")):
+        before.append(process.stderr.readline())
+    assert before[-1].startswith("epoch 1/1000000"), before
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=300)

@@ -150,7 +150,7 @@ class SparsityTable(Sequence[LayerSparsity]):
         return f"pruned where log α >= {self.threshold:g}: {fewer}"
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=100, color_system=None)
+        console = Console(file=io.StringIO(), width=100, color_system=None, force_jupyter=False)
         with console.capture() as capture:
             console.print(self.to_rich())
         return capture.get()
