@@ -243,7 +243,8 @@ class CompiledObjective(nn.Module):
                     _allow_non_fake_inputs=True,
                 )
                 graph = trace(*inputs)
-            compiled = _compiled(graph, inputs, self.backend)
+            with pyro_checks(structure=False):  # puts back what torch.compile turns off for good
+                compiled = _compiled(graph, inputs, self.backend)
         except Exception as error:
             raise UntraceableError(
                 f"the objective cannot be compiled into one graph: {_reason(error)}\n"

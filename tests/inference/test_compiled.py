@@ -22,6 +22,9 @@ from bayes_svdo.inference.compiled import (
 from bayes_svdo.inference.posterior import local_parameters
 from bayes_svdo.models import Categorical, dense
 
+# torch warns of the first release of Python 3.13.
+pytestmark = pytest.mark.filterwarnings("ignore:Guards may run slower")
+
 X, Y = torch.rand(30, 64, generator=torch.Generator().manual_seed(0)), torch.arange(30) % 10
 FULL = torch.ones((), dtype=torch.float64)
 CPU = torch.device("cpu")
@@ -296,7 +299,9 @@ class Branching(nn.Module):
 
 
 def test_a_graph_goes_through_torch_compile():
+    before = pyro.settings.get()
     check_equal(make(dense((64, 20, 10)), backend="aot_eager"), X, Y)
+    assert pyro.settings.get() == before
 
 
 def test_the_gradient_of_a_graph_can_be_had_once():
