@@ -277,9 +277,13 @@ class _Evaluate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, graph: _Graph, kl_weight: Tensor, leaves: Any, *trained: Tensor) -> Any:
+        if kl_weight.is_cuda:
+            torch.compiler.cudagraph_mark_step_begin()
         loss, terms, score, *ctx.gradients = graph.run(
             graph.trained, graph.fixed, kl_weight, _tensors(leaves)
         )
+        if kl_weight.is_cuda:  # the next step's results come to the same memory
+            loss, terms, score = loss.clone(), terms.clone(), score.clone()
         ctx.mark_non_differentiable(terms, score)
         return loss, terms, score
 
@@ -297,7 +301,7 @@ class _Evaluate(torch.autograd.Function):
             if float(grad_loss) != 1.0:
                 torch._foreach_mul_(gradients, grad_loss)
             return None, None, None, *gradients
-        # The graph writes its next results to the same memory.
+        # In memory that is the graph's own.
         return None, None, None, *torch._foreach_mul(gradients, grad_loss)
 
 

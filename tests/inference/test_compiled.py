@@ -15,10 +15,12 @@ from torch import nn
 from bayes_svdo import AdditiveNoiseGuide, BayesianNetwork, LogUniform, TraceAnalyticKL_ELBO, fit
 from bayes_svdo.inference import compiled as module
 from bayes_svdo.inference.compiled import (
+    CompiledObjective,
     UntraceableError,
     compile_objective,
     wants_compilation,
 )
+from bayes_svdo.inference.objective import Objective
 from bayes_svdo.inference.posterior import local_parameters
 from bayes_svdo.models import Categorical, dense
 
@@ -414,3 +416,46 @@ def test_inductor_gives_the_same_where_there_is_a_compiler():
             guide.log_sigma2.fc1.weight[:dead] = 20.0
         guide.prune_(3.0)
         check_equal(compiled, X, Y)
+
+
+@pytest.mark.cuda
+@pytest.mark.slow
+def test_on_cuda_steps_are_those_without_compilation():
+    """Random numbers are others there, so without noise; graphs write to the same memory."""
+    ends = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        model = BayesianNetwork(dense((64, 20, 10)), Categorical(), num_data=30).cuda()
+        guide = AdditiveNoiseGuide(model, init_log_sigma2=-60.0).cuda()
+        objective = Objective(model, guide, TraceAnalyticKL_ELBO(), scale=1 / 30)
+        objective = CompiledObjective(objective) if compile else objective
+        optimizer = torch.optim.Adam(objective.parameters(), lr=0.01, fused=True)
+        losses = []
+        for _ in range(10):
+            optimizer.zero_grad()
+            with local_parameters():
+                value = objective(FULL.cuda(), X.cuda(), Y.cuda())
+            value.loss.backward()
+            optimizer.step()
+            losses.append(value.terms)
+        ends.append((torch.stack(losses).cpu(), guide.median()["fc1.weight"].cpu()))
+    (terms, weight), (other_terms, other) = ends
+    torch.testing.assert_close(terms, other_terms, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(weight, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.cuda
+@pytest.mark.slow
+def test_on_cuda_a_compiled_run_repeats_with_its_seed():
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = BayesianNetwork(dense((64, 20, 10)), Categorical(), num_data=30)
+        runs.append(
+            fit(
+                model, (X, Y), epochs=20, batch_size=20, lr=0.02, device="cuda", compile=True,
+                prune_while_training=True, kl_warmup=(0.0, 0.2), seed=0, progress=False,
+            )
+        )  # fmt: skip
+    for name, mean in runs[0].means().items():
+        torch.testing.assert_close(runs[1].means()[name], mean)
