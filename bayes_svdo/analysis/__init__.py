@@ -19,11 +19,22 @@ from bayes_svdo.analysis.calibration import (
 )
 from bayes_svdo.analysis.moments import Moments, output_moments
 from bayes_svdo.analysis.plots import plot_log_alpha, plot_training
+from bayes_svdo.analysis.posterior_plots import (
+    plot_marginals,
+    plot_relevance,
+    plot_weight_uncertainty,
+)
 from bayes_svdo.analysis.predictives import ClassificationPredictive, RegressionPredictive
 from bayes_svdo.analysis.selective import RiskCoverage, ood_auroc, risk_coverage
 from bayes_svdo.analysis.snapshots import Snapshot, Snapshots
 from bayes_svdo.analysis.sparsity import LayerSparsity, SparsityTable, sparsity_table
 from bayes_svdo.analysis.uncertainty import predictive
+from bayes_svdo.analysis.uncertainty_plots import (
+    plot_predictive_bands,
+    plot_reliability,
+    plot_risk_coverage,
+    plot_uncertain_images,
+)
 from bayes_svdo.analysis.weight_images import plot_weights, plot_weights_before_after
 
 __all__ = [
@@ -48,7 +59,14 @@ __all__ = [
     "output_moments",
     "pit_distance",
     "plot_log_alpha",
+    "plot_marginals",
+    "plot_predictive_bands",
+    "plot_relevance",
+    "plot_reliability",
+    "plot_risk_coverage",
     "plot_training",
+    "plot_uncertain_images",
+    "plot_weight_uncertainty",
     "plot_weights",
     "plot_weights_before_after",
     "predictive",
