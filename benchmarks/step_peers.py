@@ -264,24 +264,25 @@ def _ours(name: str, x: Tensor, y: Tensor, *, compiled: bool) -> Step:
     if "@" in name:
         _prune(guide, float(name.partition("@")[2]))
     elbo = TraceAnalyticKL_ELBO()
-    objective: nn.Module = Objective(model, guide, elbo, scale=1 / NUM_DATA)
-    if compiled:
-        objective = CompiledObjective(objective)
+    objective = Objective(model, guide, elbo, scale=1 / NUM_DATA)
     weight = torch.ones((), dtype=torch.float64, device=x.device)
-
-    def loss() -> Tensor:
-        value: Tensor = objective(weight, x, y).loss
-        return value
-
-    step = _stepper(objective, loss)
     if compiled:
-        return step
+        graph = CompiledObjective(objective)
+        optimizer = torch.optim.Adam(graph.parameters(), lr=LEARNING_RATE, fused=True)
 
-    def without_store() -> object:
+        def compiled_step() -> Tensor:
+            loss: Tensor = graph.set_gradients(weight, x, y).loss
+            optimizer.step()
+            return loss
+
+        return compiled_step
+    step = _stepper(objective, lambda: objective(weight, x, y).loss)
+
+    def eager_step() -> object:
         with local_parameters():
             return step()
 
-    return without_store
+    return eager_step
 
 
 PEERS: dict[str, Callable[[str, Tensor, Tensor], Step]] = {

@@ -114,6 +114,16 @@ class _Graph(NamedTuple):
     trained: list[Tensor]
     fixed: list[Tensor]
 
+    def evaluate(self, kl_weight: Tensor, leaves: list[Any]) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """Loss, terms, score, and the list of gradients."""
+        if kl_weight.is_cuda:
+            torch.compiler.cudagraph_mark_step_begin()
+        tensors = _tensors(leaves)
+        loss, terms, score, *gradients = self.run(self.trained, self.fixed, kl_weight, tensors)
+        if kl_weight.is_cuda:  # the next step's results come to the same memory
+            return loss.clone(), terms.clone(), score.clone(), gradients
+        return loss, terms, score, gradients
+
 
 class CompiledObjective(nn.Module):
     """An :class:`Objective` that is traced and compiled, once for every signature of its inputs.
@@ -156,6 +166,27 @@ class CompiledObjective(nn.Module):
         leaves = tree_leaves(batch)
         loss, terms, score = _Evaluate.apply(graph, kl_weight, leaves, *graph.trained)
         return ObjectiveValue(loss, terms, score)
+
+    @torch.no_grad()
+    def set_gradients(self, kl_weight: Tensor, *batch: Any) -> ObjectiveValue:
+        """One estimate on a batch, its gradient in the parameters' ``grad``.
+
+        As ``zero_grad()`` and ``backward()`` on the loss, without autograd's share of the time.
+        """
+        with torch.enable_grad():
+            graph = self.prepare(kl_weight, *batch)
+        if graph is None:
+            self.zero_grad()
+            with torch.enable_grad():
+                value: ObjectiveValue = self.objective(kl_weight, *batch)
+            value.loss.backward()
+            return value
+        for parameter in graph.trained:  # so that the new ones can have their memory
+            parameter.grad = None
+        *values, gradients = graph.evaluate(kl_weight, tree_leaves(batch))
+        for parameter, gradient in zip(graph.trained, gradients, strict=True):
+            parameter.grad = gradient
+        return ObjectiveValue(*values)
 
     def prepare(self, kl_weight: Tensor, *batch: Any) -> _Graph | None:
         """Compile for batches like this one, unless that is done; None if there are too many.
@@ -277,13 +308,7 @@ class _Evaluate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, graph: _Graph, kl_weight: Tensor, leaves: Any, *trained: Tensor) -> Any:
-        if kl_weight.is_cuda:
-            torch.compiler.cudagraph_mark_step_begin()
-        loss, terms, score, *ctx.gradients = graph.run(
-            graph.trained, graph.fixed, kl_weight, _tensors(leaves)
-        )
-        if kl_weight.is_cuda:  # the next step's results come to the same memory
-            loss, terms, score = loss.clone(), terms.clone(), score.clone()
+        loss, terms, score, ctx.gradients = graph.evaluate(kl_weight, leaves)
         ctx.mark_non_differentiable(terms, score)
         return loss, terms, score
 

@@ -100,6 +100,9 @@ class TrainingRun:
         model = posterior.model
         self.num_data = model.num_data if isinstance(model, BayesianNetwork) else batches.num_data
         self.objective, self.optimizer = fabric.setup(objective, self._optimizer(objective))
+        # Other ranks' gradients come by way of autograd.
+        alone = isinstance(objective, CompiledObjective) and ranks.count == 1
+        self.compiled: CompiledObjective | None = objective if alone else None  # type: ignore[assignment]
         self.steps = len(batches)  # of an epoch, as far as is known
         self.steps_done = 0
         self.kl_weight = 0.0
@@ -168,7 +171,8 @@ class TrainingRun:
                 self._check_finite(record[-1:], epoch, step)
             elif len(record) % _STEPS_BETWEEN_READS == 0:
                 self._check_finite(record[-_STEPS_BETWEEN_READS:], epoch, step)
-            self.fabric.backward(terms[0])
+            if self.compiled is None:
+                self.fabric.backward(terms[0])
             self.optimizer.step()
         if not record:
             raise ValueError(f"train gives no batches in epoch {epoch}.")
@@ -212,9 +216,14 @@ class TrainingRun:
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         self.kl_weight = value_at(self.kl_warmup, progress, "kl_warmup")
-        self.optimizer.zero_grad()
+        weight = self._kl_weight.fill_(self.kl_weight)
         with pyro_checks(structure=first):
-            value = self.objective(self._kl_weight.fill_(self.kl_weight), *batch)
+            if self.compiled is None:
+                self.optimizer.zero_grad()
+                value = self.objective(weight, *batch)
+            else:
+                with self.fabric.autocast():
+                    value = self.compiled.set_gradients(weight, *batch)
         return torch.cat([value.loss[None], value.terms]), value.score
 
     def _check_finite(self, record: Sequence[Tensor], epoch: int, last: int) -> None:

@@ -351,6 +351,23 @@ def test_what_cannot_be_compiled_runs_as_it_is_if_that_is_allowed(monkeypatch):
 
 
 @pytest.mark.usefixtures("traced_only")
+def test_gradients_are_set_as_by_backward(monkeypatch):
+    compiled = make(dense((64, 20, 10)))
+    expected, gradients = evaluate(compiled, FULL, X, Y)
+    for most in (8, 0):  # in a graph, and without
+        monkeypatch.setattr(module, "_MOST_SIGNATURES", most)
+        compiled._graphs.clear()
+        compiled._gave_up = most == 0
+        torch.manual_seed(5)
+        with local_parameters():
+            found = compiled.set_gradients(FULL, X, Y)
+        torch.testing.assert_close(tuple(found), tuple(expected))
+        for name, parameter in compiled.named_parameters():
+            if name in gradients:
+                torch.testing.assert_close(parameter.grad, gradients[name])
+
+
+@pytest.mark.usefixtures("traced_only")
 def test_another_num_data_is_another_graph():
     compiled = make(dense((64, 20, 10)))
     first, _ = evaluate(compiled, FULL, X, Y)
