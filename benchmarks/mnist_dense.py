@@ -111,7 +111,11 @@ def monte_carlo_error(posterior: Posterior, x: Any, y: Any, seed: int) -> float:
 
 
 def run_all(
-    jobs: list[tuple[str, dict[str, Any], int]], path: Path, final: bool, device: str
+    jobs: list[tuple[str, dict[str, Any], int]],
+    path: Path,
+    final: bool,
+    device: str,
+    published: dict[str, Any],
 ) -> None:
     """Run the jobs two at a time, on a GPU one; the results file holds every one that is done.
 
@@ -129,6 +133,10 @@ def run_all(
         "environment": environment("lightning-fabric"),
         "runs": done,
     }
+    if not final:
+        published = {}
+    if done:
+        write_json(path, content | _conclusion(done, published))
     had = [(run["name"], run["seed"]) for run in done]
     jobs = [job for job in jobs if (job[0], job[2]) not in had]
     with ProcessPoolExecutor(1 if device == "cuda" else 2, mp_context=get_context("spawn")) as pool:
@@ -140,15 +148,25 @@ def run_all(
             name, config = futures[future]
             content["runs"].append({"name": name, "config": config, **future.result()})
             content["runs"].sort(key=lambda r: (r["name"], r["seed"]))
-            if final:
-                content["summary"] = summary(content["runs"])
-            write_json(path, content)
+            write_json(path, content | _conclusion(content["runs"], published))
             last = future.result()
             print(
                 f"{name} seed {last['seed']}: {last['error_percent']:.2f} % error, "
                 f"{last['compression']:.1f}x, {last['seconds']:.0f} s",
                 flush=True,
             )
+
+
+def _conclusion(runs: list[dict[str, Any]], published: dict[str, Any]) -> dict[str, Any]:
+    """Of final runs: mean and spread, and whether the means reach what was published."""
+    if not published:
+        return {}
+    found = summary(runs)
+    reached = (
+        found["error_percent"]["mean"] <= published["error_percent"]
+        and found["compression"]["mean"] >= published["compression"]
+    )
+    return {"summary": found, "published": published, "means_reach_what_was_published": reached}
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -225,7 +243,8 @@ def main() -> None:
         jobs = [
             (content["chosen"]["candidate"], chosen, seed) for seed in content["chosen"]["seeds"]
         ]
-    run_all(jobs, path, arguments.action == "final", arguments.device)
+    final = arguments.action == "final"
+    run_all(jobs, path, final, arguments.device, content["published"])
 
 
 if __name__ == "__main__":
