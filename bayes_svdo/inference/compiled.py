@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 import bayes_svdo
 from bayes_svdo.inference.elbo import TraceAnalyticKL_ELBO
@@ -105,21 +105,21 @@ class _Graph(NamedTuple):
     """What a signature was compiled to.
 
     Attributes:
-        run: ``(trained, fixed, kl_weight, tensors)`` to loss, terms, score and gradients.
+        run: ``(*state, kl_weight, *tensors)`` to loss, terms, score and gradients.
         trained: The parameters that get a gradient.
-        fixed: All other parameters, and buffers, which may be written to.
+        state: They, all other parameters, and buffers, which may be written to.
     """
 
     run: Callable[..., Any]
     trained: list[Tensor]
-    fixed: list[Tensor]
+    state: list[Tensor]
 
     def evaluate(self, kl_weight: Tensor, leaves: list[Any]) -> tuple[Tensor, Tensor, Tensor, Any]:
         """Loss, terms, score, and the list of gradients."""
         if kl_weight.is_cuda:
             torch.compiler.cudagraph_mark_step_begin()
         tensors = _tensors(leaves)
-        loss, terms, score, *gradients = self.run(self.trained, self.fixed, kl_weight, tensors)
+        loss, terms, score, *gradients = self.run(*self.state, kl_weight, *tensors)
         if kl_weight.is_cuda:  # the next step's results come to the same memory
             return loss.clone(), terms.clone(), score.clone(), gradients
         return loss, terms, score, gradients
@@ -247,12 +247,11 @@ class CompiledObjective(nn.Module):
         fixed |= dict(objective.named_buffers())
         leaves, spec = tree_flatten(batch)
 
-        def run(
-            values: list[Tensor], others: list[Tensor], weight: Tensor, tensors: list[Tensor]
-        ) -> list[Tensor]:
-            own = [p.detach().requires_grad_() for p in values]
-            state = dict(zip([*trained, *fixed], [*own, *others], strict=True))
-            given = iter(tensors)
+        def run(*inputs: Tensor) -> list[Tensor]:
+            given = iter(inputs)
+            own = [next(given).detach().requires_grad_() for _ in trained]
+            state = dict(zip(trained, own, strict=True)) | {name: next(given) for name in fixed}
+            weight = next(given)
             filled = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             args = (weight, *tree_unflatten(filled, spec))
             value = functional_call(objective, state, args)
@@ -262,7 +261,7 @@ class CompiledObjective(nn.Module):
                 )
             return [*value, *_apart(gradients)]
 
-        inputs = [list(trained.values()), list(fixed.values()), kl_weight, _tensors(leaves)]
+        state = [*trained.values(), *fixed.values()]
         try:
             with local_parameters(), pyro_checks(structure=True):
                 self._learn_reuse(kl_weight, batch, fixed)
@@ -273,16 +272,16 @@ class CompiledObjective(nn.Module):
                     tracing_mode="fake",
                     _allow_non_fake_inputs=True,
                 )
-                graph = trace(*inputs)
+                graph = trace(*state, kl_weight, *_tensors(leaves))
             with pyro_checks(structure=False):  # puts back what torch.compile turns off for good
-                compiled = _compiled(graph, inputs, self.backend)
+                compiled = _compiled(graph, state, kl_weight, _tensors(leaves), self.backend)
         except Exception as error:
             raise UntraceableError(
                 f"the objective cannot be compiled into one graph: {_reason(error)}\n"
                 "  Try compile=False, or a model whose control flow does not depend on the values "
                 "of data or weights."
             ) from error
-        return _Graph(compiled, list(trained.values()), list(fixed.values()))
+        return _Graph(compiled, list(trained.values()), state)
 
     @torch.no_grad()
     def _learn_reuse(
@@ -371,22 +370,26 @@ _DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
 
 
 def _compiled(
-    graph: torch.fx.GraphModule, inputs: list[Any], backend: str | Callable[..., Any]
+    graph: torch.fx.GraphModule,
+    state: list[Tensor],
+    kl_weight: Tensor,
+    tensors: list[Tensor],
+    backend: str | Callable[..., Any],
 ) -> Callable[..., Any]:
     """The graph as machine code."""
-    if backend == "inductor" and inputs[2].device.type == "cpu":
+    if backend == "inductor" and kl_weight.device.type == "cpu":
         # There is nothing left that torch.compile's guards, which cost as much as a small layer,
         # could guard against. Inductor's own random numbers cost ten times torch's.
         with torch.no_grad():
-            detached = tree_map(Tensor.detach, inputs)
+            inputs: list[Any] = [value.detach() for value in (*state, kl_weight, *tensors)]
             run: Callable[..., Any] = torch._inductor.compile(
-                graph, detached, options={"fallback_random": True}
+                graph, inputs, options={"fallback_random": True}
             )
         return run
     options: dict[str, Any] | None = None
     if backend == "inductor":
         options = {"triton.cudagraphs": True}
-        for tensor in (*inputs[0], *inputs[1]):
+        for tensor in state:
             torch._dynamo.mark_static_address(tensor)  # else copied for every step
     return torch.compile(graph, backend=backend, dynamic=False, options=options)
 
