@@ -273,7 +273,10 @@ class CompiledObjective(nn.Module):
                     _allow_non_fake_inputs=True,
                 )
                 graph = trace(*state, kl_weight, *_tensors(leaves))
-            with pyro_checks(structure=False):  # puts back what torch.compile turns off for good
+            with pyro_checks(structure=False), warnings.catch_warnings():
+                # The checks are put back, which torch.compile turns off for good; and of what torch
+                # will give up its users need not hear.
+                warnings.simplefilter("ignore", DeprecationWarning)
                 compiled = _compiled(graph, state, kl_weight, _tensors(leaves), self.backend)
         except Exception as error:
             raise UntraceableError(

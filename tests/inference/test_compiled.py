@@ -124,7 +124,6 @@ def test_values_and_gradients_are_those_of_the_objective(net):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
 def test_parameters_that_are_added_have_gradients_of_their_own(backend):
     if backend == "inductor" and not any(map(shutil.which, ("g++", "clang++"))):
         backend = "aot_eager"
@@ -419,7 +418,6 @@ def test_what_cannot_be_compiled_is_refused(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.no_cover
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
 def test_inductor_gives_the_same_where_there_is_a_compiler():
     if not any(map(shutil.which, ("g++", "clang++"))):
         with pytest.raises(ValueError, match=re.escape("no C++ compiler")):
