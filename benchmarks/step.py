@@ -187,9 +187,12 @@ def path_of(action: str, device: str) -> Any:
     return RESULTS / f"step_{action}_{device}.json"
 
 
-def run_peers(device: str) -> None:
-    """All libraries on all networks."""
-    results = []
+def run_peers(device: str, only: tuple[str, int] | None) -> None:
+    """All libraries on all networks, or again on one of them."""
+    results: list[dict[str, Any]] = []
+    if only is not None:
+        results = json.loads(path_of("peers", device).read_text())["results"]
+        results = [result for result in results if (result["network"], result["batch"]) != only]
     # Seconds a step: the large network has small batches only, on a CPU.
     large = NETWORKS[-1] if device == "cpu" else ""
     cases = [
@@ -198,7 +201,7 @@ def run_peers(device: str) -> None:
         for size in BATCHES
         if (network, size) != (large, max(BATCHES))
     ]
-    for network, size in [*cases, *EXTRA]:
+    for network, size in [*cases, *EXTRA] if only is None else [only]:
         rounds = FEWER.get(network, ROUNDS)
         results.append(compare(PEERS, network, size, device, rounds))
         save("peers", device, {"results": results, "targets": check_targets(results)})
@@ -344,12 +347,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("action", choices=("peers", "growth", "profile", "table"))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--again", nargs=2, metavar=("NETWORK", "BATCH"), help="of peers, one case")
     arguments = parser.parse_args()
     if arguments.action == "table":
         print(table(arguments.device))
         return
-    action = {"peers": run_peers, "growth": run_growth, "profile": run_profile}[arguments.action]
-    action(arguments.device)
+    if arguments.action == "peers":
+        network, size = arguments.again or ("", 0)
+        run_peers(arguments.device, (network, int(size)) if network else None)
+    else:
+        {"growth": run_growth, "profile": run_profile}[arguments.action](arguments.device)
 
 
 if __name__ == "__main__":
