@@ -41,6 +41,8 @@ TARGETS = [
     ("784-300-100-10", 100, "ours, compiled", "Pyro", 0.3),
     ("784-300-100-10", 100, "ours, compiled", "deterministic", 2.5),
     ("784-300-100-10", 100, "ours, eager", "LinearSVDO", 1.05),
+    ("784-300-100-10", 100, "ours, compiled", "deterministic, plain Adam", 2.5),
+    ("784-300-100-10", 100, "ours, eager", "LinearSVDO, plain Adam", 1.05),
     ("lenet-5-caffe", 200, "ours, compiled", "deterministic", 2.3),
     ("lenet-5-caffe", 200, "ours, compiled", "ours, eager", 1.0),
 ]

@@ -47,8 +47,8 @@ def batch(size: int, device: str) -> tuple[Tensor, Tensor]:
     return x.to(device), y.to(device)
 
 
-def _stepper(net: nn.Module, loss: Callable[[], Tensor]) -> Step:
-    optimizer = torch.optim.Adam(net.parameters(), lr=LEARNING_RATE, fused=True)
+def _stepper(net: nn.Module, loss: Callable[[], Tensor], fused: bool = True) -> Step:
+    optimizer = torch.optim.Adam(net.parameters(), lr=LEARNING_RATE, fused=fused)
 
     def step() -> Tensor:
         optimizer.zero_grad()
@@ -60,10 +60,10 @@ def _stepper(net: nn.Module, loss: Callable[[], Tensor]) -> Step:
     return step
 
 
-def deterministic(name: str, x: Tensor, y: Tensor) -> Step:
+def deterministic(name: str, x: Tensor, y: Tensor, fused: bool = True) -> Step:
     """The network itself: the floor."""
     net = network(name).to(x.device)
-    return _stepper(net, lambda: F.cross_entropy(net(x), y))
+    return _stepper(net, lambda: F.cross_entropy(net(x), y), fused)
 
 
 class LinearSVDO(nn.Module):
@@ -99,7 +99,7 @@ def _replace(net: nn.Module, kinds: dict[type, Callable[[Any], nn.Module]]) -> n
     return net
 
 
-def linear_svdo(name: str, x: Tensor, y: Tensor) -> Step:
+def linear_svdo(name: str, x: Tensor, y: Tensor, fused: bool = True) -> Step:
     """Hand-written layers."""
     net = _replace(network(name), {nn.Linear: LinearSVDO}).to(x.device)
     layers = [module for module in net if isinstance(module, LinearSVDO)]
@@ -108,7 +108,7 @@ def linear_svdo(name: str, x: Tensor, y: Tensor) -> Step:
         nll = F.cross_entropy(net(x), y) * NUM_DATA
         return nll + sum(layer.kl() for layer in layers)
 
-    return _stepper(net, loss)
+    return _stepper(net, loss, fused)
 
 
 def cplxmodule(name: str, x: Tensor, y: Tensor) -> Step:
@@ -295,4 +295,7 @@ PEERS: dict[str, Callable[[str, Tensor, Tensor], Step]] = {
     "NumPyro": numpyro_jit,
     "ours, eager": functools.partial(_ours, compiled=False),
     "ours, compiled": functools.partial(_ours, compiled=True),
+    # As torch.optim.Adam comes, on a CPU.
+    "deterministic, plain Adam": functools.partial(deterministic, fused=False),
+    "LinearSVDO, plain Adam": functools.partial(linear_svdo, fused=False),
 }
