@@ -129,11 +129,11 @@ class CompiledObjective(nn.Module):
     """An :class:`Objective` that is traced and compiled, once for every signature of its inputs.
 
     The signature is the shapes, dtypes and devices of a batch, its values that are no tensors, the
-    modules' training mode and the model's ``num_data``: a last, smaller batch costs one more
-    compilation. From the ninth signature on, new ones are evaluated as they are, with a warning.
-    When half of what is left of the weights has been zeroed for good, rows and columns that are
-    dead leave the graphs, which are compiled anew. Without gradients (``torch.no_grad()``) nothing
-    is compiled.
+    modules' training mode, the model's ``num_data``, and the scale and the ELBO's own ``kl_weight``
+    (the argument of that name is no part of it): a last, smaller batch costs one more compilation.
+    From the ninth signature on, new ones are evaluated as they are, with a warning. When half of
+    what is left of the weights has been zeroed for good, rows and columns that are dead leave the
+    graphs, which are compiled anew. Without gradients (``torch.no_grad()``) nothing is compiled.
 
     Args:
         objective: The objective.
@@ -236,6 +236,8 @@ class CompiledObjective(nn.Module):
             str(spec),
             tuple([module.training for module in self._modes]),
             getattr(self.objective.model, "num_data", None),
+            self.objective.scale,
+            float(self.objective.elbo.kl_weight),
             autocast,
         )
 

@@ -60,7 +60,7 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):  # type: ignore[misc]
 
     def predict_proba(self, X: Any) -> Array:
         """Probability of each class, shape ``(n_samples, n_classes)``, in order of ``classes_``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define predict_proba(X).")
 
     def predict(self, X: Any) -> Array:
         """The most probable label, shape ``(n_samples,)``."""

@@ -12,8 +12,6 @@ import torch
 from bayes_svdo.analysis import ClassificationPredictive, RegressionPredictive
 from bayes_svdo.analysis.conformal import conformal_interval, conformal_set
 
-pytest.importorskip("mapie")
-
 N = 2000
 
 

@@ -348,7 +348,6 @@ def test_netcdf_gives_back_what_was_written(classifier, surviving_only, tmp_path
 @pytest.mark.filterwarnings("ignore:.*zarr v3")
 @pytest.mark.filterwarnings("ignore:Consolidated metadata")
 def test_zarr_gives_back_what_was_written(regression, tmp_path):
-    pytest.importorskip("zarr")
     posterior, x, y = regression
     data = posterior.to_arviz(x, y, 7, seed=0)
     # InferenceData writes Zarr 2 only; as a DataTree both write what Zarr is installed.

@@ -367,6 +367,21 @@ def test_gradients_are_set_as_by_backward(monkeypatch):
 
 
 @pytest.mark.usefixtures("traced_only")
+@pytest.mark.parametrize("kl_weight", [2.0, torch.tensor(2.0)], ids=["number", "tensor"])
+def test_what_is_changed_afterwards_is_seen(kl_weight):
+    compiled = make(dense((64, 20, 10)))
+    first, _ = evaluate(compiled, FULL, X, Y)
+    compiled.objective.elbo.kl_weight = kl_weight
+    compiled.objective.scale = 0.5
+    check_equal(compiled, X, Y)
+    second, _ = evaluate(compiled, FULL, X, Y)
+    assert second.loss != first.loss
+    if isinstance(kl_weight, torch.Tensor):
+        kl_weight.fill_(3.0)
+        check_equal(compiled, X, Y)
+
+
+@pytest.mark.usefixtures("traced_only")
 def test_another_num_data_is_another_graph():
     compiled = make(dense((64, 20, 10)))
     first, _ = evaluate(compiled, FULL, X, Y)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import fastrvm
 import numpy as np
 import pytest
 import torch
@@ -58,19 +59,13 @@ def test_one_maximum_is_scikit_learns():
     assert ours.beta == pytest.approx(theirs.alpha_, rel=1e-6)
 
 
-@pytest.fixture
-def fastrvm():
-    """A peer with wheels for Linux on x86-64 and macOS on ARM alone: see pyproject.toml."""
-    return pytest.importorskip("fastrvm", reason="fastrvm has no wheel for this platform")
-
-
 def prior_precision(machine, phi):
     """Those of fastrvm 0.1.5, which divides by the square of a scale where it means to multiply."""
     return machine.alpha_[0] * np.square(phi).sum(0) ** 2
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_regression_is_as_probable_as_fastrvms(fastrvm, seed):
+def test_regression_is_as_probable_as_fastrvms(seed):
     y = SINC + 0.1 * np.random.default_rng(seed).standard_normal(100)
     theirs = fastrvm.RVR(gamma=0.1, fit_intercept=False).fit(X, y)
     ours = fit_rvm_regression(
@@ -92,7 +87,7 @@ def test_regression_is_as_probable_as_fastrvms(fastrvm, seed):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_classification_is_as_probable_as_fastrvms(fastrvm, seed):
+def test_classification_is_as_probable_as_fastrvms(seed):
     x, t = make_moons(200, noise=0.2, random_state=seed)
     theirs = fastrvm.RVC(gamma=1.0, fit_intercept=False).fit(x, t)
     ours = fit_rvm_classification(
