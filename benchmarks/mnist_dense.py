@@ -5,9 +5,10 @@
     python benchmarks/mnist_dense.py table                   # the results as Markdown
     python benchmarks/mnist_dense.py final lenet_300_100 --device cuda --epochs 200
 
-`configs/<name>.toml` holds the candidates and the frozen configuration. The test set is read by
-`final` only; its numbers are those of the last epoch. Two runs go side by side, one thread each; on
-a GPU one after the other, with results files of their own.
+`configs/<name>.toml` holds the candidates, tried with seed 0 and the finalists with further ones,
+and the frozen configuration. The test set is read by `final` only; its numbers are those of the
+last epoch. Two runs go side by side, one thread each; on a GPU one after the other, with results
+files of their own.
 MNIST comes from `$BAYES_SVDO_DATA`, or is downloaded.
 """
 
@@ -237,6 +238,12 @@ def main() -> None:
     if arguments.action == "search":
         jobs = [
             (name, content["base"] | change, 0) for name, change in content["candidates"].items()
+        ]
+        finalists = content.get("finalists", {"candidates": [], "seeds": []})
+        jobs += [
+            (name, content["base"] | content["candidates"][name], seed)
+            for seed in finalists["seeds"]
+            for name in finalists["candidates"]
         ]
     else:
         chosen = content["base"] | content["candidates"][content["chosen"]["candidate"]]
