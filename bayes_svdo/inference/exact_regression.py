@@ -181,9 +181,10 @@ def fit_vdard_regression(
         fit_intercept: Integrate out an intercept with a flat prior: its posterior given w is
             exactly N(mean(y) - mean(x) w, 1/(N beta)), and one degree of freedom goes to it, so N
             becomes N - 1 in the ELBO and in the estimate of the noise.
-        starts: Where to start: ``"zero"`` (no weights), ``"ols"`` (least squares; needs fewer
-            features than observations) or ``"ridge"`` (alpha = 1 for all). Default: ``("zero",
-            "ols")`` as far as possible, for the alternation ``("ols",)`` or else ``("ridge",)``.
+        starts: Where to start: ``"zero"`` (no weights but the few that enter first), ``"ols"``
+            (least squares; needs fewer features than observations) or ``"ridge"`` (alpha = 1 for
+            all). Default: ``("zero", "ols")`` as far as possible, for the alternation ``("ols",)``
+            or else ``("ridge",)``.
         noise_precision: beta, a number or a tensor (...); None: learned.
         min_noise: Smallest standard deviation of the noise that may be learned, as a fraction of
             the standard deviation of ``y``. With 0, a perfect fit is an error.

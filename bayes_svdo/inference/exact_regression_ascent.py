@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.linalg import vecdot
 
 from bayes_svdo.inference.exact_regression_curves import Curves
 
@@ -63,12 +64,15 @@ class Problems:
     noise_precision: Tensor | None  # (B, 1), None: learned
     largest_noise_precision: float  # inf: no bound
     curves: Curves
+    first_row: Tensor  # (B, 1, 1), of a problem where the rows of all are in one list
 
     def take(self, index: Tensor) -> Problems:
         """The problems at ``index``."""
+        x_rows = self.x_rows[index]
         return replace(
             self,
-            x_rows=self.x_rows[index],
+            x_rows=x_rows,
+            first_row=self.first_row[: len(x_rows)],
             target=self.target[index],
             gram=None if self.gram is None else self.gram[index],
             moment=self.moment[index],
@@ -80,6 +84,7 @@ class State(NamedTuple):
     """Active weights with their ``log_alpha``, and all that follows from them."""
 
     log_alpha: Tensor  # (B, S, D), inf where pruned
+    kept: Tensor  # (B, S, D), whether it is not
     loc: Tensor  # (B, S, D)
     noise_precision: Tensor  # (B, S)
     elbo: Tensor  # (B, S), -inf where the factorisation failed
@@ -89,50 +94,58 @@ class State(NamedTuple):
     active_loc: Tensor  # (B, S, A), 0 in unused slots
     active_log_alpha: Tensor  # (B, S, A), inf in unused slots
     active_alpha: Tensor  # (B, S, A), huge in unused slots
+    active_pull: Tensor  # (B, S, A), alpha loc, which is x_active' residual
     active_kl: Tensor  # (B, S, A)
+    kl_slope: Tensor  # (B, S, A), dKL / d log_alpha, 0 in unused slots
+    kl_curvature: Tensor  # (B, S, A), its slope, 0 in unused slots
     rows: Tensor  # (B, S, A, D), x_active' x, or where there is no gram (B, S, A, M), x_active'
     whitener: Tensor  # (B, S, A, A), inverse Cholesky factor of x_active' x_active + diag(alpha)
 
 
 def evaluate(problems: Problems, log_alpha: Tensor) -> State:
     """``loc`` and ``beta`` at their optimum for given ``log_alpha`` (B, S, D), and the ELBO."""
-    size = max(int((log_alpha < torch.inf).sum(-1).max()), 1)
+    kept = log_alpha < torch.inf
+    size = max(int(kept.sum(-1).max()), 1)
     active_log_alpha, active = log_alpha.topk(size, largest=False)
     filled = active_log_alpha < torch.inf
     # So large in unused slots that what these columns do to the others is less than rounding.
     active_alpha = active_log_alpha.clamp(max=_LOG_ALPHA_OF_UNUSED).exp_()
 
     if problems.gram is None:
-        rows = _rows(problems.x_rows, active)
+        rows = _rows(problems, problems.x_rows, active)
         precision = rows @ rows.mT
     else:
-        rows = _rows(problems.gram, active)
-        precision = rows.gather(-1, active[..., None, :].expand(*active.shape, size))
+        rows = _rows(problems, problems.gram, active)
+        precision = _columns(rows, active)
     precision.diagonal(dim1=-2, dim2=-1).add_(active_alpha)
     factor, failed = torch.linalg.cholesky_ex(precision)
     # Its inverse costs no more than the products with it that follow, and makes them faster.
     whitener = torch.linalg.solve_triangular(factor, _identity(factor), upper=False)
     moment = problems.moment[:, None].expand_as(log_alpha).gather(-1, active)
-    active_loc = (whitener.mT @ (whitener @ moment[..., None]))[..., 0] * filled
+    active_loc = torch.cholesky_solve(moment[..., None], factor)[..., 0] * filled
     loc = torch.zeros_like(log_alpha).scatter_(-1, active, active_loc)
     residual = problems.target[:, None] - loc @ problems.x_rows
 
-    error = residual.square().sum(-1) + (active_alpha * active_loc.square()).sum(-1)
+    active_pull = active_alpha * active_loc
+    error = vecdot(residual, residual) + vecdot(active_pull, active_loc)
     noise_precision = best_noise_precision(problems, error)
-    active_kl = problems.curves.kl(active_log_alpha)
+    active_kl, kl_slope, kl_curvature = problems.curves.kl.with_slopes(active_log_alpha)
     elbo = objective(problems, error, noise_precision, active_kl.sum(-1))
-    elbo = elbo.nan_to_num(nan=-torch.inf).masked_fill_(failed > 0, -torch.inf)
+    elbo = elbo.nan_to_num_(nan=-torch.inf).masked_fill_(failed > 0, -torch.inf)
     return State(
-        log_alpha, loc, noise_precision, elbo, residual, active, filled, active_loc,
-        active_log_alpha, active_alpha, active_kl, rows, whitener,
+        log_alpha, kept, loc, noise_precision, elbo, residual, active, filled, active_loc,
+        active_log_alpha, active_alpha, active_pull, active_kl, kl_slope, kl_curvature, rows,
+        whitener,
     )  # fmt: skip
 
 
-def _rows(matrix: Tensor, active: Tensor) -> Tensor:  # (B, D, K), (B, S, A) -> (B, S, A, K)
-    num, dim, length = matrix.shape
-    first = torch.arange(0, num * dim, dim, device=active.device)[:, None, None]
-    found = matrix.reshape(num * dim, length).index_select(0, (active + first).flatten())
-    return found.view(*active.shape, length)
+def _rows(problems: Problems, matrix: Tensor, index: Tensor) -> Tensor:  # (B, D, K) -> (B, S, A, K)
+    found = matrix.flatten(0, 1).index_select(0, (index + problems.first_row).flatten())
+    return found.view(*index.shape, matrix.shape[-1])
+
+
+def _columns(rows: Tensor, index: Tensor) -> Tensor:  # (B, S, A, D), (B, S, A) -> (B, S, A, A)
+    return rows.gather(-1, index[..., None, :].expand(*rows.shape[:-1], index.shape[-1]))
 
 
 def _identity(like: Tensor) -> Tensor:
@@ -141,30 +154,51 @@ def _identity(like: Tensor) -> Tensor:
 
 def objective(problems: Problems, error: Tensor, noise_precision: Tensor, kl: Tensor) -> Tensor:
     """The ELBO from ``E``, ``beta`` and the sum of the KLs, all of the same shape."""
-    log_scale = 0.5 * problems.num_data * (noise_precision / (2 * math.pi)).log()
-    return log_scale - 0.5 * noise_precision * error - problems.kl_weight * kl
+    elbo = (noise_precision / (2 * math.pi)).log_().mul_(0.5 * problems.num_data)
+    return elbo.addcmul_(noise_precision, error, value=-0.5).sub_(kl, alpha=problems.kl_weight)
 
 
 def best_noise_precision(problems: Problems, error: Tensor) -> Tensor:  # (B, S) -> (B, S)
     """The optimal ``beta`` for the error ``E``, within its bound."""
     if problems.noise_precision is not None:
         return problems.noise_precision.expand_as(error)
-    return (problems.num_data / error).clamp_(max=problems.largest_noise_precision)
+    return error.reciprocal().mul_(problems.num_data).clamp_(max=problems.largest_noise_precision)
 
 
 def start(problems: Problems, names: tuple[str, ...]) -> State:
     """The state of each start; see :func:`fit_vdard_regression` for their meaning."""
     choices = {
-        "zero": lambda: torch.full_like(problems.moment, torch.inf),
+        "zero": lambda: _first_to_enter(problems),
         "ridge": lambda: torch.where(problems.moment == 0, torch.inf, problems.moment * 0),
         "ols": lambda: _from_least_squares(problems),
     }
     log_alpha = torch.stack([choices[name]() for name in names], 1)
     state = evaluate(problems, log_alpha)
-    failed = state.elbo == -torch.inf
-    if failed.any():  # collinear columns, nearly without noise
+    failed = state.elbo == -torch.inf  # collinear columns, nearly without noise
+    if "zero" in names:  # what enters together may gain less than nothing
+        zero = names.index("zero")
+        failed[:, zero] |= state.elbo[:, zero] < _elbo_of_nothing(problems)
+    if failed.any():
         state = evaluate(problems, torch.where(failed[..., None], torch.inf, log_alpha))
     return state
+
+
+def _first_to_enter(problems: Problems) -> Tensor:  # (B, D)
+    """The weights that would enter first where there are none, each as if alone."""
+    error = vecdot(problems.target, problems.target)[:, None]
+    scale = best_noise_precision(problems, error) / problems.kl_weight
+    relevance = scale * problems.moment.square()
+    movers = relevance.topk(min(_FIRST_TO_ENTER, relevance.shape[-1]))[1]
+    alone = problems.curves.optimal_log_alpha(relevance.gather(-1, movers) - 1)
+    goes = _without_clashes(problems, movers[:, None], (alone < torch.inf)[:, None])[:, 0]
+    none = torch.full_like(relevance, torch.inf)
+    return none.scatter_(-1, movers, alone.where(goes, torch.inf))
+
+
+def _elbo_of_nothing(problems: Problems) -> Tensor:  # (B,)
+    error = vecdot(problems.target, problems.target)[:, None]
+    noise_precision = best_noise_precision(problems, error)
+    return objective(problems, error, noise_precision, torch.zeros_like(error))[:, 0]
 
 
 def _from_least_squares(problems: Problems) -> Tensor:  # (B, D)
@@ -177,6 +211,8 @@ def _from_least_squares(problems: Problems) -> Tensor:  # (B, D)
     loc = torch.cholesky_solve(problems.moment[..., None], factor)[..., 0]
     residual = problems.target - (loc[:, None] @ problems.x_rows)[:, 0]
     noise_precision = best_noise_precision(problems, residual.square().sum(-1, keepdim=True))
+    if problems.noise_precision is None:  # less one degree of freedom per feature, as for z-scores
+        noise_precision = noise_precision * (1 - loc.shape[-1] / problems.num_data)
     excess = noise_precision * loc.square() / problems.kl_weight - 1
     return problems.curves.optimal_log_alpha(excess)
 
@@ -187,6 +223,7 @@ class Moves(NamedTuple):
     joint: Tensor  # (B, S, A), log_alpha at the joint optimum of (loc, alpha), all else fixed
     inverse: Tensor  # (B, S, A, A), of x_active' x_active + diag(alpha)
     refitted: Tensor  # (B, S, D), log_alpha of the best move of alpha, all loc refitted
+    stays: Tensor  # (B, S, D), whether that leaves the weight in
     gain: Tensor  # (B, S, D), by which that move raises the ELBO, in nats
 
 
@@ -198,42 +235,44 @@ def find_moves(problems: Problems, state: State) -> Moves:
     columns (shrunk as they are) leave, ``free`` its relevance once they have adapted.
     """
     scale = (state.noise_precision / problems.kl_weight)[..., None]
-    correlation = state.residual @ problems.x_rows.mT
-    active_correlation = correlation.gather(-1, state.active)
-    relevance = scale * (active_correlation + state.active_loc).square() * state.filled
+    relevance = (state.active_pull + state.active_loc).square_().mul_(scale)
     inverse = state.whitener.mT @ state.whitener
-
-    size = state.active.shape[-1]
     variance = inverse.diagonal(dim1=-2, dim2=-1)
+    adapted = state.active_loc / variance
+
     explained = state.whitener @ state.rows
     if problems.gram is None:
         explained = explained @ problems.x_rows.mT[:, None]
-    unexplained = _put(1 - explained.square().sum(-2), state, 1 / variance - state.active_alpha)
-    unexplained = unexplained.clamp_(torch.finfo(scale.dtype).eps, 1.0)
-    free = scale * _put(correlation, state, state.active_loc / variance).square_()
-    optimal = problems.curves.optimal_log_alpha(torch.cat((free, relevance), -1) - 1)
-    alone, joint = optimal.split((free.shape[-1], size), -1)
+    left = explained.square_().sum(-2).neg_().add_(1)  # not 1 - ..., which goes through Python
+    unexplained = _put(left, state, variance.reciprocal().sub_(state.active_alpha))
+    unexplained.clamp_(torch.finfo(scale.dtype).eps, 1.0)
+    free = _put(state.residual @ problems.x_rows.mT, state, adapted).square_().mul_(scale)
+    excess = torch.cat((free, relevance), -1).sub_(1)
+    optimal = problems.curves.optimal_log_alpha(excess)
+    dim = free.shape[-1]
+    alone, joint = optimal[..., :dim], optimal[..., dim:]
 
     # Two candidates, whose gains are exact: the optimum of a weight that is alone, and, correlated
     # with others, that of the empirical-Bayes KL, a root of a quadratic, times a rough factor.
-    slope = free - 2 * unexplained
+    slope = free.sub(unexplained, alpha=2)
     square = unexplained.square()
-    bottom = slope + (slope.square() + 4 * (free - 1) * square).sqrt_()  # negative, NaN: none
-    rough = (2.7 * square / bottom).log_().nan_to_num_(torch.inf, torch.inf)
-    candidates = torch.stack((alone, rough))
-    value = 0.5 * free / (unexplained + candidates.exp()) - problems.curves.kl(candidates)
-    value, which = value.max(0)
-    refitted = torch.where(which == 0, alone, rough).masked_fill_(value <= 0, torch.inf)
-    now = (0.5 * free.gather(-1, state.active) * variance - state.active_kl) * state.filled
+    root = slope.square().addcmul_(excess[..., :dim], square, value=4).sqrt_()
+    rough = square.mul_(2.7).div_(slope.add_(root))  # negative, NaN: none
+    candidates = torch.stack((alone, rough.log_().nan_to_num_(torch.inf, torch.inf)))
+    value = (0.5 * free).div(candidates.exp().add_(unexplained))
+    value, which = value.sub_(problems.curves.kl(candidates)).max(0)
+    stays = value > 0
+    refitted = torch.where(which == 0, alone, rough).masked_fill_(~stays, torch.inf)
+    now = (0.5 * scale * adapted).mul_(state.active_loc).sub_(state.active_kl).mul_(state.filled)
     now = torch.zeros_like(value).scatter_(-1, state.active, now)
-    gain = problems.kl_weight * (value.clamp_min(0) - now)
-    return Moves(joint, inverse, refitted, gain)
+    gain = value.clamp_min_(0).sub_(now).mul_(problems.kl_weight)
+    return Moves(joint, inverse, refitted, stays, gain)
 
 
 def _put(values: Tensor, state: State, active_values: Tensor) -> Tensor:
     """``values`` (B, S, D) with those of the active weights replaced."""
-    old = values.gather(-1, state.active)
-    return values.scatter(-1, state.active, torch.where(state.filled, active_values, old))
+    # Unused slots write to pruned weights.
+    return torch.where(state.kept, values.scatter(-1, state.active, active_values), values)
 
 
 def newton_step(problems: Problems, state: State, moves: Moves) -> Tensor:  # (B, S, A)
@@ -245,32 +284,34 @@ def newton_step(problems: Problems, state: State, moves: Moves) -> Tensor:  # (B
     saddle holds it. Weights with ``z² <= kl_weight`` are pruned on the way.
     """
     beta = state.noise_precision[..., None]
-    used = state.filled.to(beta.dtype)
-    h, h_slope = problems.curves.negative_slope.with_slope(state.active_log_alpha)
-    pull = state.active_alpha * state.active_loc
-    energy = 0.5 * beta * pull * state.active_loc
-    gradient = (problems.kl_weight * h - energy) * used
-    keeps = state.active_alpha / (1 + state.active_alpha)
+    pull, loc = state.active_pull, state.active_loc
+    energy = (0.5 * beta * pull).mul_(loc)
+    gradient = -energy.add(state.kl_slope, alpha=problems.kl_weight)
+    keeps = torch.sigmoid(state.active_log_alpha)
+    bend = problems.kl_weight * state.kl_curvature
 
-    root = beta.sqrt() * pull
-    hessian = -root[..., :, None] * moves.inverse * root[..., None, :]
-    if problems.noise_precision is None:
-        shared = energy * (beta < problems.largest_noise_precision)
-        hessian -= (2 / problems.num_data) * shared[..., :, None] * shared[..., None, :]
-    bend = problems.kl_weight * h_slope
-    hessian.diagonal(dim1=-2, dim2=-1).add_(energy - bend - gradient * keeps + (1 - used))
+    inverse = moves.inverse
+    if problems.noise_precision is None:  # it follows
+        follows = (0.5 / problems.num_data) * beta
+        if problems.largest_noise_precision < math.inf:
+            follows = follows * (beta < problems.largest_noise_precision)
+        inverse = inverse.addcmul(loc[..., :, None], (follows * loc)[..., None, :])
+    hessian = ((-beta * pull)[..., :, None] * inverse).mul_(pull[..., None, :])
+    diagonal = (energy + bend).addcmul_(gradient, keeps, value=-1)
+    # No step in unused slots.
+    hessian.diagonal(dim1=-2, dim2=-1).add_(diagonal.masked_fill_(~state.filled, 1.0))
 
     factor, failed = torch.linalg.cholesky_ex(hessian)
     step = torch.cholesky_solve(gradient[..., None], factor)[..., 0]
     saddle = failed > 0
     if saddle.any():
-        scale = energy + bend.abs() + (1 - used)
+        scale = energy + bend.abs() + ~state.filled
         step[saddle] = _climb(hessian[saddle], gradient[saddle], scale[saddle])
     log_share = torch.nn.functional.logsigmoid(state.active_log_alpha)
-    change = (step * (1 - keeps)).nan_to_num_(nan=0.0).clamp_(min=-_LARGEST_STEP)
+    change = step.addcmul(step, keeps, value=-1).nan_to_num_(nan=0.0).clamp_(min=-_LARGEST_STEP)
     # 1/(1 + alpha) falls by no more than a factor of 4 at a time.
-    log_share = torch.minimum(log_share + change, 0.25 * log_share)
-    moved = log_share - torch.log(-torch.expm1(log_share))
+    log_share = torch.minimum(change.add_(log_share), 0.25 * log_share)
+    moved = log_share - (-log_share.expm1()).log_()
     return moved.masked_fill_((moves.joint == torch.inf) | (moved > _LARGEST_LOG_ALPHA), torch.inf)
 
 
@@ -289,23 +330,29 @@ def change_set(
     problems: Problems, state: State, moves: Moves, log_alpha: Tensor, tolerance: float
 ) -> Tensor:  # (B, S, D)
     """``log_alpha`` with several weights entering that are little correlated, or one leaving."""
-    pruned = state.log_alpha == torch.inf
     # A weight that leaves does so alone, and only if nothing that enters gains more.
-    leaves = (moves.refitted == torch.inf) > pruned
-    gain = torch.where(pruned | leaves, moves.gain, 0.0)
+    leaves = state.kept > moves.stays
+    gain = moves.gain.masked_fill(state.kept & moves.stays, 0.0)
     limit = state.filled.sum(-1, keepdim=True).clamp_(min=_FIRST_TO_ENTER)
     limit = torch.minimum(limit, (gain > tolerance).sum(-1, keepdim=True))
     width = int(limit.max())
-    gain, movers = gain.topk(width)
+    movers = gain.topk(width)[1]
     rank = torch.arange(width, device=gain.device)
-    goes = rank < limit
-    if width > 1:
-        goes &= (rank == 0) | ~leaves.gather(-1, movers)
-        columns = _rows(problems.x_rows, movers)
-        clash = (columns @ columns.mT).abs_().tril_(-1) > _LARGEST_CORRELATION
-        goes &= ~(clash & goes[..., None, :]).any(-1)
+    goes = (rank < limit) & ((rank == 0) | ~leaves.gather(-1, movers))
+    goes = _without_clashes(problems, movers, goes)
     values = torch.where(goes, moves.refitted.gather(-1, movers), log_alpha.gather(-1, movers))
     return log_alpha.scatter(-1, movers, values)
+
+
+def _without_clashes(problems: Problems, movers: Tensor, goes: Tensor) -> Tensor:  # (B, S, W)
+    """Those of ``movers`` that go and are little correlated with all that go before them."""
+    if problems.gram is None:
+        columns = _rows(problems, problems.x_rows, movers)
+        correlation = columns @ columns.mT
+    else:
+        correlation = _columns(_rows(problems, problems.gram, movers), movers)
+    clash = correlation.abs_().tril_(-1) > _LARGEST_CORRELATION
+    return goes & ~(clash & goes[..., None, :]).any(-1)
 
 
 def single_move(state: State, moves: Moves) -> Tensor:  # (B, S, D)
@@ -322,11 +369,11 @@ def join(state: State, finished: Tensor) -> tuple[State, Tensor]:
     num, starts = state.elbo.shape
     if starts == 1:
         return state, finished
+    least, most = torch.sigmoid(state.log_alpha).aminmax(dim=1)
+    if float((most - least).max()) > _SAME_SHARE:
+        return state, finished
     best = state.elbo.argmax(-1)
     best += torch.arange(0, num * starts, starts, device=best.device)
-    share = torch.sigmoid(-state.log_alpha)
-    if ((share - _only(share, best)).abs_() > _SAME_SHARE).any():
-        return state, finished
     return State(*(_only(field, best) for field in state)), _only(finished, best)
 
 
@@ -342,8 +389,7 @@ def iterate(
     Finished is what gained no more than the tolerance, with nothing found to enter or leave.
     """
     moves = find_moves(problems, state)
-    changes = (state.log_alpha == torch.inf) != (moves.refitted == torch.inf)
-    best_change = (moves.gain * changes).amax(-1)
+    best_change = (moves.gain * (state.kept != moves.stays)).amax(-1)
     grows = best_change > tolerance
 
     proposal = moves.joint
@@ -352,12 +398,11 @@ def iterate(
         proposal = torch.where(near[..., None], newton_step(problems, state, moves), proposal)
     proposal = state.log_alpha.scatter(-1, state.active, proposal)
     if grows.any():
-        grown = change_set(problems, state, moves, proposal, tolerance)
-        proposal = torch.where(grows[..., None], grown, proposal)
+        proposal = change_set(problems, state, moves, proposal, tolerance)
     if finished.any():
         proposal = torch.where(finished[..., None], state.log_alpha, proposal)
     new = evaluate(problems, proposal)
-    accepted = (new.elbo >= state.elbo + 0.5 * best_change * grows) | finished
+    accepted = (new.elbo - state.elbo >= 0.5 * best_change * grows) | finished
     if not accepted.all():
         new = _fall_back(problems, state, moves, proposal, accepted, grows)
     # Where something grows, but by less than rounding, there is nothing left to gain either.

@@ -254,6 +254,9 @@ def problems_of(
         noise_precision=precision,
         largest_noise_precision=degrees / min_noise**2 if min_noise else math.inf,
         curves=tabulate(kl, x.dtype, x.device),
+        first_row=torch.arange(0, x.shape[0] * x.shape[2], x.shape[2], device=x.device)[
+            :, None, None
+        ],
     )
 
 

@@ -15,12 +15,17 @@ from bayes_svdo.inference.exact_regression import fit_vdard_regression
 from bayes_svdo.inference.exact_regression_data import natural_units, problems_of
 
 STARTS = ("zero", "ols", "ridge")
+NOTHING = torch.tensor(math.inf, dtype=torch.float64)
 
 
 def in_natural_units(x, y, kl_weight=1.0):
     return problems_of(
         natural_units(x[None], y[None], True), len(y) - 1, kl_weight, None, 0.0, "exact"
     )
+
+
+def start_from_zero(problems):
+    return ascent.start(problems, ("zero",))
 
 
 def unfinished(state):
@@ -99,13 +104,39 @@ def test_starts_are_what_their_names_say(problem) -> None:
     problems = in_natural_units(*problem())
     state = ascent.start(problems, STARTS)
     zero, ols, ridge = state.log_alpha[0]
-    assert (zero == math.inf).all()
     assert (ridge == 0).all()
+    z2 = 79 * problems.moment[0].square()  # where there are no other weights, and |target| = 1
+    entered = zero < math.inf
+    assert 1 <= int(entered.sum()) <= 8
+    assert entered[z2.argmax()]
+    assert torch.allclose(zero[entered], problems.curves.optimal_log_alpha(z2 - 1)[entered])
     x, t = problems.x_rows[0].T, problems.target[0]
     loc = torch.linalg.lstsq(x, t[:, None]).solution[:, 0]
-    z2 = 79 * loc.square() / (t - x @ loc).square().sum()
+    z2 = (79 - 12) * loc.square() / (t - x @ loc).square().sum()
     assert torch.equal(ols == math.inf, z2 <= 1)
     assert torch.allclose(ols, problems.curves.optimal_log_alpha(z2 - 1), atol=1e-5)
+
+
+def test_weights_that_would_only_gain_one_by_one_do_not_start_together() -> None:
+    """Eight columns, each with z² = 3, that all but share what they explain."""
+    gram = torch.full((8, 8), 0.29, dtype=torch.float64).fill_diagonal_(1.0)
+    moment = torch.full((8, 1), math.sqrt(3 / 200), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(200, 9, generator=generator, dtype=torch.float64))[0]
+    root = torch.linalg.cholesky(gram)
+    explained = torch.linalg.solve_triangular(root, moment, upper=False)
+    y = basis @ torch.cat((explained, (1 - explained.square().sum()).sqrt().view(1, 1)))
+    x = basis[:, :8] @ root.T
+    data = natural_units(x[None], y[None, :, 0], False)
+    problems = problems_of(data, 200, 1.0, None, 0.0, "exact")
+    nothing, state = ascent.evaluate(problems, NOTHING.expand(1, 1, 8)), start_from_zero(problems)
+    together = problems.curves.optimal_log_alpha(torch.full((1, 1, 8), 2.0, dtype=torch.float64))
+    one = together.clone()
+    one[..., 1:] = math.inf
+    assert ascent.evaluate(problems, together).elbo < nothing.elbo
+    assert ascent.evaluate(problems, one).elbo > nothing.elbo
+    assert (state.log_alpha == math.inf).all()
+    assert torch.allclose(state.elbo, nothing.elbo)
 
 
 def test_a_newton_step_squares_the_distance(problem) -> None:
@@ -129,7 +160,7 @@ def test_a_newton_step_squares_the_distance(problem) -> None:
 
 def test_those_that_enter_together_are_little_correlated(problem) -> None:
     problems = in_natural_units(*problem(num=400, dim=60, correlation=0.7))
-    state = ascent.start(problems, ("zero",))
+    state = ascent.evaluate(problems, NOTHING.expand(1, 1, 60))
     moves = ascent.find_moves(problems, state)
     entered = ascent.change_set(problems, state, moves, state.log_alpha, 1e-6) < math.inf
     columns = problems.x_rows[0, entered[0, 0]]
@@ -137,6 +168,7 @@ def test_those_that_enter_together_are_little_correlated(problem) -> None:
     assert (moves.gain > 1e-6).sum() > len(columns)
     assert (columns @ columns.T).fill_diagonal_(0.0).abs().max() <= 0.3
     assert entered[0, 0, moves.gain[0, 0].argmax()]
+    assert torch.equal(start_from_zero(problems).log_alpha < math.inf, entered)
 
 
 def test_only_starts_on_the_way_to_the_same_maximum_join(problem) -> None:
