@@ -25,9 +25,11 @@ from bayes_svdo.analysis.posterior_plots import (
     plot_weight_uncertainty,
 )
 from bayes_svdo.analysis.predictives import ClassificationPredictive, RegressionPredictive
+from bayes_svdo.analysis.psis import psis_khat
 from bayes_svdo.analysis.selective import RiskCoverage, ood_auroc, risk_coverage
 from bayes_svdo.analysis.snapshots import Snapshot, Snapshots
 from bayes_svdo.analysis.sparsity import LayerSparsity, SparsityTable, sparsity_table
+from bayes_svdo.analysis.to_arviz import to_arviz
 from bayes_svdo.analysis.uncertainty import predictive
 from bayes_svdo.analysis.uncertainty_plots import (
     plot_predictive_bands,
@@ -70,8 +72,10 @@ __all__ = [
     "plot_weights",
     "plot_weights_before_after",
     "predictive",
+    "psis_khat",
     "regression_scores",
     "reliability",
     "risk_coverage",
     "sparsity_table",
+    "to_arviz",
 ]

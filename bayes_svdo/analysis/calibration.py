@@ -14,17 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from bayes_svdo.analysis.figures import Array, array
 from bayes_svdo.analysis.predictives import (
     ClassificationPredictive,
     RegressionPredictive,
-    as_tensor,
     check_labels,
     check_probability,
 )
 from bayes_svdo.inference.arguments import check_count
+from bayes_svdo.inference.inputs import as_tensor
 
 _SUM_TOLERANCE = 1e-4  # of probabilities that were made in float32 or in float16
 
@@ -171,12 +170,13 @@ class ClassificationScores:
 
 
 def classification_scores(
-    predictive: ClassificationPredictive, y: Any, num_bins: int = 15
+    predictive: ClassificationPredictive | Any, y: Any, num_bins: int = 15
 ) -> ClassificationScores:
     """Accuracy, negative log-likelihood, Brier score and calibration error.
 
     Args:
-        predictive: What was predicted.
+        predictive: What was predicted: a predictive distribution, or any classifier's
+            probabilities, shape ``(N, ..., K)``.
         y: Labels, shape ``(N, ...)``.
         num_bins: For the calibration error.
 
@@ -184,11 +184,17 @@ def classification_scores(
         TypeError: As for :func:`reliability`.
         ValueError: As for :func:`reliability`.
     """
-    p = predictive.probabilities
-    labels = check_labels(y, p)
+    if isinstance(predictive, ClassificationPredictive):
+        p = predictive.probabilities
+        labels = check_labels(y, p)
+        nll = float(-predictive.log_density(labels).mean())
+    else:
+        p = as_tensor(predictive, "predictive")
+        nll = negative_log_likelihood(p, y)
+        labels = check_labels(y, p)
     return ClassificationScores(
-        float((predictive.predict() == labels).double().mean()),
-        float(-predictive.log_density(labels).mean()),
+        float((p.argmax(-1) == labels).double().mean()),
+        nll,
         brier_score(p, labels),
         expected_calibration_error(p, labels, num_bins),
     )
@@ -200,7 +206,8 @@ class RegressionScores:
 
     Attributes:
         rmse: Root mean squared error of the mean, in the units of ``y``.
-        nll: Mean negative log predictive density, in nats.
+        nll: Mean negative log predictive density of a target, in nats. Several targets of a
+            data point count each for itself; together: ``predictive.log_density(y, joint=True)``.
         levels: Nominal probability of the central intervals.
         coverage: Part of the targets in the interval of each level.
         width: Sharpness: mean width of the interval of each level, in the units of ``y``.
@@ -216,7 +223,7 @@ class RegressionScores:
 
 
 def regression_scores(
-    predictive: RegressionPredictive, y: Any, levels: Sequence[float] = (0.5, 0.95)
+    predictive: RegressionPredictive, y: Any, levels: float | Sequence[float] = (0.5, 0.95)
 ) -> RegressionScores:
     """Error, log density, and coverage and sharpness of central intervals.
 
@@ -229,9 +236,18 @@ def regression_scores(
         levels: Nominal probabilities, each inside of (0, 1).
 
     Raises:
+        TypeError: ``predictive`` is no :class:`RegressionPredictive`.
         ValueError: ``y`` does not go with ``predictive``, or ``levels`` is wrong.
     """
-    levels = tuple(check_probability("levels", level) for level in levels)
+    if not isinstance(predictive, RegressionPredictive):
+        raise TypeError(
+            "predictive must be a RegressionPredictive, as posterior.predictive(x) returns it, but "
+            f"is a {type(predictive).__name__}."
+        )
+    levels = tuple(
+        check_probability("levels", level)
+        for level in torch.as_tensor(levels, dtype=torch.float64).reshape(-1).tolist()
+    )
     nll = float(-predictive.log_density(y).mean())  # first, for it checks the shape of y
     errors = as_tensor(y, "y").to(predictive.mean) - predictive.mean
     intervals = [predictive.interval(level) for level in levels]
@@ -245,13 +261,15 @@ def regression_scores(
     )
 
 
-def interval_coverage(lower: Tensor, upper: Tensor, y: Any) -> float:
+def interval_coverage(lower: Any, upper: Any, y: Any) -> float:
     """Part of the targets in ``[lower, upper]``, all of one shape.
 
     Raises:
-        ValueError: Shapes differ, or there are no targets.
+        TypeError: One of them is no tensor or array.
+        ValueError: Shapes differ, there are no targets, or they are not finite.
     """
-    targets = as_tensor(y, "y").to(lower)
+    lower = as_tensor(lower, "lower")
+    upper, targets = as_tensor(upper, "upper").to(lower), as_tensor(y, "y").to(lower)
     if not targets.shape == lower.shape == upper.shape or targets.numel() == 0:
         raise ValueError(
             "lower, upper and y must have one shape and not be empty, but have "

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from decimal import Decimal
 from importlib import import_module
 from typing import Any, Literal, Self, get_args
 
@@ -24,10 +25,11 @@ from bayes_svdo.analysis.figures import Array, array
 from bayes_svdo.analysis.predictives import (
     ClassificationPredictive,
     RegressionPredictive,
-    as_tensor,
     check_labels,
     check_probability,
 )
+from bayes_svdo.inference.arguments import check_seed
+from bayes_svdo.inference.inputs import as_tensor
 
 Score = Literal["lac", "aps"]
 
@@ -42,16 +44,18 @@ def conformal_interval(
 
     Conformalized quantile regression (Romano, Patterson & Candès (2019),
     https://arxiv.org/abs/1905.03222) on the quantiles of the predictive distribution, by MAPIE's
-    ``ConformalizedQuantileRegressor`` with one correction for both ends.
+    ``ConformalizedQuantileRegressor`` with one correction for both ends. Where that narrows an
+    interval past nothing, its ends would cross: it is its middle then, with which no less is
+    covered.
 
     Args:
         calibration: Predictions for inputs that the network has not been trained on.
         y: Their targets, one for each input: shape ``(N,)`` or ``(N, 1)``.
         predictive: Predictions for other inputs.
-        level: Nominal coverage, inside of (0, 1); at most ``N / (N + 1)``.
+        level: Nominal coverage, from ``1 / N`` to ``1 - 1 / N``.
 
     Returns:
-        Lower and upper ends, of the shape of ``predictive.mean``.
+        Lower and upper ends, of the shape of ``predictive.mean``; no lower above its upper.
 
     Raises:
         ImportError: MAPIE is not installed.
@@ -75,6 +79,8 @@ def conformal_interval(
     regressor.conformalize(_quantiles(calibration, level), array(targets).ravel())
     _, ends = regressor.predict_interval(_quantiles(predictive, level), symmetric_correction=True)
     lower, upper = torch.as_tensor(ends[..., 0]).to(predictive.mean).unbind(1)
+    middle = 0.5 * (lower + upper)
+    lower, upper = torch.minimum(lower, middle), torch.maximum(upper, middle)
     return lower.reshape(predictive.mean.shape), upper.reshape(predictive.mean.shape)
 
 
@@ -92,13 +98,15 @@ def conformal_set(
 
     Args:
         calibration: Predictions for inputs that the network has not been trained on.
-        y: Their labels, shape ``(N,)``.
+        y: Their labels, shape ``(N,)``; or ``(N, 1)``, as a net of one output has them.
         predictive: Predictions for other inputs, of the same classes.
-        level: Nominal coverage, inside of (0, 1); at most ``N / (N + 1)``.
+        level: Nominal coverage, from ``1 / N`` to ``1 - 1 / N``.
         score: ``"lac"``, the smallest sets on average, some of them empty (Sadinle, Lei &
             Wasserman (2019), https://arxiv.org/abs/1609.00451), or ``"aps"``, larger ones that
-            adapt to the input (Romano, Sesia & Candès (2020), https://arxiv.org/abs/2006.02544).
-        seed: For ``"aps"``, which takes a random number for each label.
+            adapt to the input (Romano, Sesia & Candès (2020), https://arxiv.org/abs/2006.02544),
+            for three classes or more.
+        seed: For ``"aps"``, which takes a random number for each label; None to go on with torch's
+            global generators.
 
     Returns:
         Which classes are in the set, bool, shape ``(M, K)``.
@@ -106,26 +114,35 @@ def conformal_set(
     Raises:
         ImportError: MAPIE is not installed.
         TypeError: The predictions are of another kind.
-        ValueError: Predictions are not of shape ``(N, K)``, ``y`` does not fit, ``level`` is
-            not inside of (0, 1), there are too few labels for it, or ``score`` is unknown.
+        ValueError: Predictions are not of shape ``(N, K)`` or ``(N, 1, K)``, ``y`` does not fit,
+            ``level`` is not inside of (0, 1), there are too few labels for it, ``score`` is
+            unknown, or ``"aps"`` for labels of fewer than three classes, or ``seed`` is none.
     """
     _check_kind(calibration, predictive, ClassificationPredictive)
+    seed = check_seed(seed)
     check_probability("level", level)
     if score not in get_args(Score):
         raise unknown_name("score", score, get_args(Score))
     shapes = [p.log_probabilities.shape for p in (calibration, predictive)]
-    if any(len(shape) != 2 for shape in shapes) or shapes[0][1] != shapes[1][1]:
+    if any(math.prod(shape[1:-1]) != 1 for shape in shapes) or shapes[0][-1] != shapes[1][-1]:
         raise ValueError(
-            "predictions must have shape (N, K) with the same K, but have shapes "
+            "predictions must have shape (N, K) or (N, 1, K) with the same K, but have shapes "
             f"{tuple(shapes[0])} and {tuple(shapes[1])}."
         )
-    labels = check_labels(y, calibration.log_probabilities)
+    labels = check_labels(y, calibration.log_probabilities).flatten()
     _check_enough(len(labels), level)
+    if score == "aps" and len(labels.unique()) < 3:
+        raise ValueError(
+            f'score="aps" takes labels of at least 3 classes, but y holds {len(labels.unique())}.\n'
+            '  Try score="lac".'
+        )
+    if score == "aps" and seed is None:
+        seed = int(torch.randint(2**63 - 1, ()))
     classifier = _mapie("classification").SplitConformalClassifier(
-        _Probabilities(shapes[0][1]),
+        _Probabilities(shapes[0][-1]),
         confidence_level=level,
         conformity_score=score,
-        random_state=seed,
+        random_state=None if seed is None else _generator(seed),
     )
     with warnings.catch_warnings():  # the guarantee does not need all classes
         warnings.filterwarnings("ignore", "WARNING: your conformalization dataset has less labels")
@@ -175,11 +192,17 @@ def _quantiles(predictive: RegressionPredictive, level: float) -> Array:
 
 
 def _normalised(predictive: ClassificationPredictive) -> Array:
-    return array(predictive.log_probabilities.softmax(-1))
+    return array(predictive.log_probabilities.softmax(-1).flatten(0, -2))
+
+
+def _generator(seed: int) -> np.random.RandomState:
+    """NumPy's, of any 64 bits; on its own it takes 32."""
+    return np.random.RandomState([seed % 2**32, (seed >> 32) % 2**32])
 
 
 def _check_enough(number: int, level: float) -> None:
-    needed = math.ceil(level / (1 - level) * (1 - 1e-9))  # rounding errors are not one more
+    alpha = float(1 - Decimal(str(level)))  # 0.1 for 0.9, as MAPIE has it
+    needed = math.ceil(max(1 / alpha, 1 / (1 - alpha)))
     if number < needed:
         raise ValueError(
             f"level={level} takes at least {needed} targets to calibrate, but y holds {number}."

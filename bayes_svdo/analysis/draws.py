@@ -11,12 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bayes_svdo.analysis.predictives import as_tensor
-from bayes_svdo.analysis.uncertainty import _check_output, _inputs
+from bayes_svdo.analysis.uncertainty import _check_output
+from bayes_svdo.inference.inputs import as_tensor, inputs_of
 from bayes_svdo.inference.posterior import Posterior, _evaluating, _explained, local_parameters
 from bayes_svdo.inference.surroundings import random_state
 from bayes_svdo.models import BayesianNetwork
-from bayes_svdo.models.bayesian_network import _call
 
 _CHUNK = 2**22  # numbers drawn at a time
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -37,7 +36,8 @@ class SiteDraws:
         sigma: Their standard deviations, zero for a point mass.
         log_alpha: Their log alpha.
         kept: Which of them are not pruned at the threshold.
-        index: Where they are in the weight, flattened, shape ``(n,)``; None if all are drawn.
+        index: Where they are in the weight, flattened, shape ``(n,)``; None if all are drawn, or
+            the weight is a scalar, which has no places.
     """
 
     name: str
@@ -98,7 +98,8 @@ def _site(
 ) -> SiteDraws:
     loc, log_sigma2 = posterior.guide.parameters_of(name)
     sigma = (0.5 * log_sigma2).exp().masked_fill(log_alpha.isposinf(), 0.0)  # pruned for good
-    index = kept.flatten().nonzero().flatten() if surviving_only else None
+    alone = loc.dim() == 0 and bool(kept)
+    index = kept.flatten().nonzero().flatten() if surviving_only and not alone else None
     loc_, sigma_, log_alpha_, kept_ = (
         value.flatten() if index is None else value.flatten()[index]
         for value in (loc, sigma, log_alpha, kept)
@@ -159,15 +160,15 @@ class DrawnData:
 
         Raises:
             TypeError: The model is no ``BayesianNetwork``, or ``y`` has the wrong dtype.
-            ValueError: The network cannot take ``x``, its output is not finite, or ``y`` does not
-                go with it.
+            ValueError: The network cannot take ``x``, its output is not finite or has not a row for
+                each input, or ``y`` does not go with it.
         """
         network = posterior._network(purpose)
-        inputs = _inputs(x)
+        inputs = inputs_of(x)
         means = {site.name: site.weight(site.loc) for site in sites}
-        with _evaluating(network), local_parameters(), _explained(x, sites[0].loc.dtype):
+        with _evaluating(network), local_parameters(), _explained(inputs, sites[0].loc.dtype):
             first = next(posterior._split(tuple(value[:2] for value in inputs), 2))
-            output = _floating(_call(network.net, means, first))
+            output = _floating(network.output(means, first))
         _check_output(output.isfinite())
         target = network.likelihood.distribution(output)
         discrete = bool(getattr(target.support, "is_discrete", False))
@@ -180,7 +181,8 @@ class DrawnData:
                 y = y.to(dtype)
             if len(y) != len(inputs[0]):
                 raise ValueError(f"x has {len(inputs[0])} data points, but y has {len(y)}.")
-            network.likelihood.check(y, output, "y")
+            # Messages show the shape of all outputs.
+            network.likelihood.check(y, output[:1].expand(len(y), *output.shape[1:]), "y")
         return DrawnData(posterior, inputs, y, tuple(target.shape()[1:]), discrete)
 
     def __len__(self) -> int:
@@ -192,11 +194,13 @@ class DrawnData:
     ) -> Predictions:
         """Targets, and their log likelihood, at every draw of the weights.
 
+        Neither depends on ``batch_size``, but for the rounding errors of the network's output.
+
         Args:
             sites: Every site of the network.
             drawn: Draws that are there already; of other sites new ones are drawn, and not kept.
             draws: How many there are.
-            batch_size: Inputs taken at a time.
+            batch_size: Inputs taken at a time. All outputs of one draw are in memory at once.
 
         Raises:
             ValueError: The network's output is not finite.
@@ -204,37 +208,54 @@ class DrawnData:
         network = self.posterior._network("predict")
         y = np.empty((draws, len(self), *self.y_shape), np.int32 if self.discrete else np.float32)
         scores = None if self.y is None else np.empty((draws, len(self)))
-        with _evaluating(network), local_parameters(), _explained(self.x, sites[0].loc.dtype):
-            for index in range(draws):
-                weights = {
-                    site.name: site.weight(
-                        torch.from_numpy(drawn[site.name][index])
-                        if site.name in drawn
-                        else site.draw(1)[0]
-                    )
-                    for site in sites
-                }
-                for rows, output in self._outputs(network, weights, batch_size):
-                    target = network.likelihood.distribution(output)
-                    y[index, rows] = target.sample().cpu().numpy()
-                    if scores is not None and self.y is not None:
-                        # In float32 a sure class has likelihood 1 in every draw: no tail for PSIS.
-                        target = network.likelihood.distribution(output.double())
-                        # Positions of a sequence, pixels: they belong to one data point.
-                        target = target.to_event(len(target.batch_shape) - 1)
-                        scores[index, rows] = target.log_prob(self.y[rows]).cpu().numpy()
+        # A seed for each draw: how many random numbers a target takes may hang on the output.
+        seeds = torch.randint(2**63 - 1, (draws,)).tolist()
+        with _evaluating(network), local_parameters():
+            for index, seed in enumerate(seeds):
+                with random_state(seed, self.posterior.device):
+                    weights = {
+                        site.name: site.weight(
+                            torch.from_numpy(drawn[site.name][index])
+                            if site.name in drawn
+                            else site.draw(1)[0]
+                        )
+                        for site in sites
+                    }
+                    output = self._output(network, weights, batch_size)
+                    for rows, targets, score in self._targets(network, output):
+                        y[index, rows] = targets.cpu().numpy()
+                        if scores is not None and score is not None:
+                            scores[index, rows] = score.cpu().numpy()
         return Predictions(y, scores)
 
-    def _outputs(
+    def _targets(
+        self, network: BayesianNetwork, output: Tensor
+    ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """Targets drawn, and the log likelihood of the true ones, of some rows at a time."""
+        # Not by batches, in which random numbers would come to other rows.
+        step = max(1, _CHUNK // output[0].numel())
+        for start in range(0, len(output), step):
+            rows = slice(start, start + step)
+            drawn = network.likelihood.distribution(output[rows]).sample()
+            score = None
+            if self.y is not None:
+                # In float32 a sure class has likelihood 1 in every draw: no tail for PSIS.
+                target = network.likelihood.distribution(output[rows].double())
+                # Positions of a sequence, pixels: they belong to one data point.
+                score = target.to_event(len(target.batch_shape) - 1).log_prob(self.y[rows])
+            yield rows, drawn, score
+
+    def _output(
         self, network: BayesianNetwork, weights: dict[str, Tensor], batch_size: int
-    ) -> Iterator[tuple[slice, Tensor]]:
-        start = 0
-        for batch in self.posterior._split(self.x, batch_size):
-            rows = slice(start, start + len(batch[0]))
-            output = _floating(_call(network.net, weights, batch))
-            _check_output(output.isfinite())
-            yield rows, output
-            start = rows.stop
+    ) -> Tensor:
+        with _explained(self.x, self.posterior.dtype):
+            parts = [
+                _floating(network.output(weights, batch))
+                for batch in self.posterior._split(self.x, batch_size)
+            ]
+        output = torch.cat(parts)
+        _check_output(output.isfinite())
+        return output
 
 
 def _floating(output: Tensor) -> Tensor:

@@ -5,21 +5,24 @@ density filtering: Hernández-Lobato & Adams (2015), https://arxiv.org/abs/1502.
 Gast & Roth (2018), https://arxiv.org/abs/1805.11327). Two assumptions are made on the way: what
 enters a ReLU is Gaussian, and the units of a layer are independent. Both hold exactly up to the
 first hidden layer, so mean and variance of the output are exact for a linear network and for one
-with a single hidden layer; deeper ones are approximated.
+with a single hidden layer; deeper ones are approximated. Outputs share their hidden units:
+:func:`draws_by_moments` has their covariance, too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bayes_svdo.distributions.draw import _MAX_LOG_VARIANCE
-from bayes_svdo.inference.posterior import Posterior
+from bayes_svdo.inference.inputs import as_tensor
+from bayes_svdo.inference.posterior import Posterior, dtype_hint
+from bayes_svdo.models.bayesian_network import check_rows
 
 # What a module does is its forward, which a subclass may have changed.
 _KNOWN = (nn.Linear, nn.ReLU, nn.Flatten, nn.Identity, nn.Dropout)
@@ -86,22 +89,116 @@ def output_moments(posterior: Posterior, x: Tensor) -> Moments:
     """Means and variances of the network's output over the posterior, by propagation.
 
     In float64 and in evaluation mode. The output's units are dependent on one another, which their
-    variances do not tell.
+    variances do not tell: :func:`draws_by_moments`.
 
     Args:
         posterior: Of a :class:`~bayes_svdo.models.BayesianNetwork` whose net is made of ``Linear``,
             ``ReLU``, ``Flatten``, ``Identity`` and ``Dropout`` modules, in a row or in nested
-            ``Sequential`` ones, each weight used once. Pruned are the weights that were pruned
-            while training.
-        x: Inputs of shape ``(N, ...)``, on the posterior's device.
+            ``Sequential`` ones, each weight used once: also positions of a sequence, each for
+            itself, but no ``Flatten`` of them. Pruned are the weights that were pruned while
+            training.
+        x: Inputs of shape ``(N, ...)``, a tensor or an array of the posterior's dtype.
 
     Returns:
         Shape ``(N, ...)``, that of the network's output.
 
     Raises:
         TypeError: The net has another module, or a site that is no layer's weight; it is named.
-        ValueError: A weight is used twice, so that layers are dependent; or ``x`` does not fit.
+        ValueError: A weight is used twice, so that layers are dependent; positions are flattened;
+            or ``x`` does not fit.
     """
+    data = _data(posterior, x)
+    moments = _passed_through(_layers_of(posterior), data)
+    check_rows(moments.mean, data.mean)
+    return moments
+
+
+@torch.no_grad()
+def draws_by_moments(posterior: Posterior, x: Tensor, num_samples: int) -> Iterator[Tensor]:
+    """Gaussian draws of the network's output, with its means and its covariance over units.
+
+    What enters the last linear layer is drawn from its moments, and what leaves it given that: its
+    outputs share what they are made of. For a network with one hidden layer means and
+    covariances are exact.
+
+    Args:
+        posterior: As for :func:`output_moments`.
+        x: As for :func:`output_moments`.
+        num_samples: Number of draws.
+
+    Yields:
+        Shape ``(N, ...)``, float64.
+
+    Raises:
+        TypeError: As for :func:`output_moments`.
+        ValueError: As for :func:`output_moments`.
+    """
+    layers = _layers_of(posterior)
+    last = max(index for index, layer in enumerate(layers) if isinstance(layer, _Linear))
+    data = _data(posterior, x)
+    entering = _passed_through(layers[:last], data)
+    for _ in range(num_samples):
+        hidden = _drawn(entering)
+        output = _drawn(_passed_through([layers[last]], _certain(hidden)))
+        output = _passed_through(layers[last + 1 :], _certain(output)).mean
+        yield check_rows(output, data.mean)
+
+
+class _Linear(NamedTuple):
+    """A layer with the moments of its weights."""
+
+    path: str
+    weight: Moments
+    bias: Moments
+
+
+def _passed_through(layers: Sequence[_Linear | nn.Module], moments: Moments) -> Moments:
+    for layer in layers:
+        if isinstance(layer, _Linear):
+            needed, found = layer.weight.mean.shape[-1], moments.mean.shape[-1]
+            if needed != found:
+                raise ValueError(
+                    f'the network cannot take x: its layer "{layer.path}" needs {needed} inputs, '
+                    f"but gets {found}."
+                )
+            moments = linear(moments, layer.weight, layer.bias)
+        elif isinstance(layer, nn.ReLU):
+            moments = rectified_gaussian(*moments)
+        elif isinstance(layer, nn.Flatten):
+            moments = _flattened(layer, moments)
+    return moments
+
+
+def _flattened(layer: nn.Flatten, moments: Moments) -> Moments:
+    mean: Tensor = layer(moments.mean)
+    positions = math.prod(moments.mean.shape[1:-1])
+    if positions > 1 and mean.shape != moments.mean.shape and moments.variance.any():
+        raise ValueError(
+            "moment propagation takes units for independent, but a Flatten puts side by side what "
+            f"the same weights make of {positions} positions."
+            '\n  Try method="weights".'
+        )
+    return Moments(mean, layer(moments.variance))
+
+
+def _certain(value: Tensor) -> Moments:
+    return Moments(value, torch.zeros_like(value))
+
+
+def _drawn(moments: Moments) -> Tensor:
+    return torch.addcmul(moments.mean, moments.variance.sqrt(), torch.randn_like(moments.mean))
+
+
+def _data(posterior: Posterior, x: Any) -> Moments:
+    inputs = as_tensor(x, "x").to(posterior.device)
+    hint = dtype_hint(inputs, posterior.dtype)
+    if hint:
+        raise ValueError(f"the network cannot take x of dtype {inputs.dtype}.{hint}")
+    return _certain(inputs.double())
+
+
+def _layers_of(posterior: Posterior) -> list[_Linear | nn.Module]:
+    """The layers of the posterior's network, linear ones with their moments."""
     network = posterior._network("moment propagation")
     layers = _checked_layers(network.net)
     sites = {id(network.net.get_buffer(name)): name for name in network.sites}
@@ -111,23 +208,16 @@ def output_moments(posterior: Posterior, x: Tensor) -> Moments:
             f'moment propagation takes weights and biases of Linear layers, but "{sites[value]}" '
             'is something else.\n  Try method="local".'
         )
-    moments = Moments(x.double(), torch.zeros_like(x, dtype=torch.float64))
+    found: list[_Linear | nn.Module] = []
     for path, layer in layers:
         if isinstance(layer, nn.Linear):
-            if moments.mean.shape[-1] != layer.in_features:
-                raise ValueError(
-                    f'the network cannot take x of shape {tuple(x.shape)}: its layer "{path}" '
-                    f"needs {layer.in_features} inputs, but gets {moments.mean.shape[-1]}."
-                )
-            weight = _moments_of(posterior, sites, layer.weight)
             bias: Tensor | None = layer.bias
             bias = layer.weight.new_zeros(layer.out_features) if bias is None else bias
-            moments = linear(moments, weight, _moments_of(posterior, sites, bias))
-        elif isinstance(layer, nn.ReLU):
-            moments = rectified_gaussian(*moments)
-        elif isinstance(layer, nn.Flatten):
-            moments = Moments(*map(layer, moments))
-    return moments
+            moments = (_moments_of(posterior, sites, value) for value in (layer.weight, bias))
+            found.append(_Linear(path, *moments))
+        else:
+            found.append(layer)
+    return found
 
 
 def _checked_layers(net: nn.Module) -> list[tuple[str, nn.Module]]:

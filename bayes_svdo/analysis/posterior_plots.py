@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import matplotlib as mpl
@@ -63,7 +64,8 @@ def plot_marginals(
         count: How many weights; those of largest ``|mean| / sd``.
         threshold: On log alpha: which weights survive; the posterior's own if None.
         input_names: Of the inputs of ``site`` (of the first one if None), for the labels.
-        ax: Where to draw; a new figure if None.
+        ax: Where to draw; a new figure if None. Text stands to the right of the axes, for which a
+            figure of several panels needs ``layout="constrained"``.
 
     Returns:
         The axes, a row per weight, the most relevant on top: its Gaussian density (all scaled to
@@ -79,6 +81,11 @@ def plot_marginals(
     sites = _sites(posterior, site, threshold)
     names = _names(sites[0], input_names)
     total = sum(int(each.kept.sum()) for each in sites)
+    if all(bool(each.log_alpha.isposinf().all()) for each in sites):
+        raise ValueError(
+            "there is nothing to draw: all weights were pruned while training, no threshold on log "
+            "alpha brings them back."
+        )
     if not total:
         raise ValueError(
             "there is nothing to draw: no weight survives the threshold on log alpha.\n"
@@ -129,7 +136,8 @@ def plot_relevance(
         count: At most so many inputs; None for all. Sites are always drawn all.
         threshold: On log alpha; the posterior's own if None.
         input_names: Of the inputs of ``site``, which must be given, too.
-        ax: Where to draw; a new figure if None.
+        ax: Where to draw; a new figure if None. Text stands to the right of the axes, for which a
+            figure of several panels needs ``layout="constrained"``.
 
     Returns:
         The axes. Of every row the weights that are kept and those that are pruned are drawn apart:
@@ -268,13 +276,17 @@ class _Row(NamedTuple):
 
 
 def _sites(posterior: Posterior, site: str | None, threshold: float | None) -> list[SiteDraws]:
-    """The site of that name, or all."""
+    """The site of that name, or all; a scalar as a row of one weight."""
     threshold = posterior.threshold if threshold is None else check_threshold(threshold)
     known = posterior.guide.sites
     if site is not None and site not in known:
         raise unknown_name("site", site, known)
     sites = SiteDraws.of(posterior, threshold, surviving_only=False)
-    chosen = [each for each in sites if site in (None, each.name)]
+    chosen = [
+        each if each.shape else replace(each, shape=(1,), axes=("weight",))
+        for each in sites
+        if site in (None, each.name)
+    ]
     for each in chosen:
         bad = int(each.log_alpha.isnan().sum())
         if bad:

@@ -10,12 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from bayes_svdo.inference.arguments import check_count, check_seed
-from bayes_svdo.inference.batches import _tensor
+from bayes_svdo.inference.inputs import as_tensor
 from bayes_svdo.inference.surroundings import random_state
 
 # Numbers in a temporary tensor over all draws and some of the rows.
@@ -123,10 +122,15 @@ class RegressionPredictive:
         """The mean, shape ``(N, ...)``."""
         return self.mean
 
-    def log_density(self, y: Any) -> Tensor:
+    def log_density(self, y: Any, *, joint: bool = False) -> Tensor:
         """Log predictive density at ``y``, the log of the mean over draws, shape ``(N, ...)``.
 
         In nats, of a density per unit of ``y``.
+
+        Args:
+            y: Targets, of the shape of :attr:`mean`.
+            joint: Of all targets of a data point together, shape ``(N,)``; else of each for itself.
+                Targets of one data point are dependent: they share the draws of the weights.
 
         Raises:
             ValueError: ``y`` is not of the shape of :attr:`mean`, or not finite.
@@ -134,7 +138,10 @@ class RegressionPredictive:
 
         def log_density(means: Tensor, scales: Tensor, y: Tensor) -> Tensor:
             log_densities = -0.5 * ((y - means) / scales).square() - scales.log()
-            return log_densities.logsumexp(0) - math.log(math.sqrt(2 * math.pi) * len(means))
+            log_densities = log_densities - 0.5 * math.log(2 * math.pi)
+            if joint:
+                log_densities = log_densities.flatten(1).unflatten(1, (len(y), -1)).sum(-1)
+            return log_densities.logsumexp(0) - math.log(len(means))
 
         return self._by_rows(log_density, self._targets(y))
 
@@ -152,7 +159,7 @@ class RegressionPredictive:
         """Quantiles of the mixture, to about 1e-12 of its scale.
 
         Args:
-            q: A probability, or several, inside of (0, 1).
+            q: A probability, or several in a sequence or an array, inside of (0, 1).
 
         Returns:
             Shape ``(N, ...)``, or ``(len(q), N, ...)`` if several were given.
@@ -160,12 +167,13 @@ class RegressionPredictive:
         Raises:
             ValueError: ``q`` is not inside of (0, 1).
         """
-        if isinstance(q, (int, float)):
-            check_probability("q", q)
-            return self._by_rows(lambda means, scales, _: _quantile(means, scales, q), self.mean)
-        if len(q) == 0:
-            raise ValueError("q is empty.")
-        return torch.stack([self.quantile(float(each)) for each in q])
+        probabilities = torch.as_tensor(q, dtype=torch.float64)
+        if probabilities.dim():
+            if not len(probabilities):
+                raise ValueError("q is empty.")
+            return torch.stack([self.quantile(float(each)) for each in probabilities])
+        p = check_probability("q", float(probabilities))
+        return self._by_rows(lambda means, scales, _: _quantile(means, scales, p), self.mean)
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """Lower and upper end of the central interval that holds ``level`` of the probability.
@@ -239,15 +247,6 @@ def _quantile(means: Tensor, scales: Tensor, q: float) -> Tensor:
         if bool((change <= 1e-12 * (smallest + y.abs())).all()):
             break
     return y
-
-
-def as_tensor(value: Any, name: str) -> Tensor:
-    """A tensor, array or list of finite numbers as a tensor.
-
-    Raises:
-        ValueError: It holds NaN or inf, or is a scalar.
-    """
-    return _tensor(value if isinstance(value, np.ndarray) else torch.as_tensor(value), name)
 
 
 def check_probability(name: str, value: float) -> float:

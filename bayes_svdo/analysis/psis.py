@@ -67,7 +67,8 @@ def psis_khat(
         ``k``; inf if no draw lies in the support of the prior.
 
     Raises:
-        TypeError: The model is no ``BayesianNetwork``, or ``prior`` is none of these.
+        TypeError: The model is no ``BayesianNetwork``, ``prior`` is none of these, or ``x`` or
+            ``y`` is no tensor or array.
         ValueError: ``prior`` is improper or gives log densities of the wrong shape, NaN or +inf,
             ``q`` has point masses, or ``x`` and ``y`` do not fit.
     """
@@ -77,7 +78,7 @@ def psis_khat(
     seed = check_seed(seed)
     log_density = _log_density(prior)
     if y is None:
-        raise ValueError("y must hold the targets, but is None.")
+        raise TypeError("y must be a tensor or an array of the targets, but is None.")
     posterior._network("psis_khat")
     sites = SiteDraws.of(posterior, math.inf, surviving_only=False)
     for site in sites:

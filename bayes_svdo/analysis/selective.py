@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from bayes_svdo.analysis.figures import Array, array
-from bayes_svdo.analysis.predictives import as_tensor
+from bayes_svdo.inference.inputs import as_tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,12 +48,14 @@ def risk_coverage(uncertainty: Any, loss: Any) -> RiskCoverage:
     in random order: each stands with their mean loss, so the order of the data is of no account.
 
     Args:
-        uncertainty: Of each prediction, such as its entropy, shape ``(N,)``.
-        loss: Of each prediction, such as 1 where it is wrong, or its squared error; ``(N,)``.
+        uncertainty: Of each prediction, such as its entropy, shape ``(N,)``, or
+            ``(N, 1)`` of a net of one output.
+        loss: Of each prediction, such as 1 where it is wrong, or its squared error; of the
+            same shapes.
 
     Raises:
-        ValueError: Shapes differ or are not ``(N,)`` with ``N`` of at least 1, or a value is not
-            finite.
+        TypeError: One is no tensor or array.
+        ValueError: Lengths differ, shapes are others or ``N`` is 0, or a value is not finite.
     """
     u, losses = _vector(uncertainty, "uncertainty"), _vector(loss, "loss")
     if len(u) != len(losses):
@@ -76,10 +78,11 @@ def ood_auroc(inside: Any, outside: Any) -> float:
 
     Args:
         inside: Uncertainty (entropy, mutual information, ...) of inputs like the training data's,
-            shape ``(N,)``.
-        outside: Of other inputs, shape ``(M,)``.
+            shape ``(N,)`` or ``(N, 1)``.
+        outside: Of other inputs, shape ``(M,)`` or ``(M, 1)``.
 
     Raises:
+        TypeError: One is no tensor or array.
         ValueError: One is empty, of another shape, or holds a value that is not finite.
     """
     from sklearn.metrics import roc_auc_score
@@ -90,7 +93,7 @@ def ood_auroc(inside: Any, outside: Any) -> float:
 
 
 def _vector(value: Any, name: str) -> Array:
-    vector = array(as_tensor(value, name))
-    if vector.ndim != 1 or not vector.size:
-        raise ValueError(f"{name} must have shape (N,), N at least 1, but has {vector.shape}.")
-    return vector
+    values = array(as_tensor(value, name))
+    if not values.size or values.size != len(values):
+        raise ValueError(f"{name} must have shape (N,), N at least 1, but has {values.shape}.")
+    return values.ravel()

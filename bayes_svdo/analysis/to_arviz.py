@@ -2,12 +2,14 @@
 
 ``InferenceData`` of ArviZ 0.2x or ``DataTree`` of ArviZ 1.x, of one chain, by ArviZ's schema:
 
-- ``posterior``: draws of the weights, a variable for each site, named as the site. Biases and
-  other point estimates have no draws and are in no group.
+- ``posterior``: draws of the weights, a variable for each site, named as the site (with ``.`` for
+  ``/``, which netCDF takes for a group). Biases and other point estimates have no draws and are in
+  no group.
 - ``posterior_predictive``: for each draw of the weights, a draw of ``y``.
 - ``log_likelihood``: for each draw of the weights, ``log p(y_n | x_n, weights)`` of every data
   point, in nats.
-- ``observed_data``: ``y``.
+- ``observed_data``: ``y``. Dimensions of size 1 at its end, as of ``(N, 1)``, are dropped here and
+  in ``posterior_predictive``: ``az.loo_pit`` takes no others.
 - ``constant_data``: ``x``, and of every site ``<site>.log_alpha``, ``<site>.snr`` (``|loc| /
   sigma``) and ``<site>.kept``. These are numbers about ``q``, one for each weight, not for each
   draw: ``sample_stats`` must have dimensions ``chain`` and ``draw``, ``constant_data`` need not.
@@ -16,7 +18,7 @@ One set of draws serves all groups. With ``surviving_only`` a site has one dimen
 ``<site>_weight``, over the weights that are kept, labelled by unit and input, with both as
 coordinates of their own in ``constant_data`` (``<site>_unit``, ``<site>_input``: netCDF has no
 MultiIndex, and ``az.summary`` of 1.x takes no other coordinates in ``posterior``). Otherwise it has
-the dimensions of the weight, ``<site>_unit`` and ``<site>_input``.
+the dimensions of the weight, ``<site>_unit`` and ``<site>_input``. A scalar has none.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 _MAX_BYTES = 2 * 2**30
+_HALF = (torch.float16, torch.bfloat16)
 _APPROXIMATION = (
     "Draws are from q, a fitted Gaussian with independent weights (variational inference), not "
     "from MCMC."
@@ -98,19 +101,21 @@ def to_arviz(
         seed: For the draws; torch's global generators are left as they were. None to go on with
             those. Weights are the same with and without ``x``.
         coords: Labels by name of dimension: ``"<site>_unit"``, ``"<site>_input"``, ``"data"``.
+            Those of sites that are not exported are not used.
         batch_size: Inputs taken at a time.
         max_bytes: Most memory that the result may take. What is needed besides is for one draw of
-            the weights and one batch.
+            the weights, its outputs and one batch.
 
     Returns:
         ``arviz.InferenceData`` (ArviZ 0.2x) or ``xarray.DataTree`` (1.x). Draws are in float32, the
-        log likelihood in float64.
+        log likelihood in float64, data of 16 bits in float32.
 
     Raises:
-        TypeError: ``x`` is given and the model is no ``BayesianNetwork``, or ``y`` is of the wrong
-            type.
+        TypeError: ``x`` is given and the model is no ``BayesianNetwork``, or ``x`` or ``y`` is of
+            the wrong type.
         ValueError: An argument is out of range, ``sites`` or ``coords`` names what is not there, no
-            weight is left, ``y`` does not go with ``x``, or the network's output is not finite.
+            weight is left, names of sites differ in ``/`` and ``.`` alone, ``y`` does not go with
+            ``x``, or the network's output is not finite.
         MemoryError: The result would take more than ``max_bytes``. Nothing was drawn yet.
     """
     check_posterior(posterior, "to_arviz")
@@ -125,12 +130,10 @@ def to_arviz(
     weights = SiteDraws.of(posterior, threshold, surviving_only)
     exported = [site for site in weights if site.name in chosen and len(site)]
     if not exported:
-        raise ValueError(
-            f"no weight of {', '.join(chosen)} is left at threshold {threshold:g}.\n"
-            "  Try surviving_only=False, or a higher threshold."
-        )
+        raise _none_left(posterior, chosen, threshold)
+    _check_names(weights)
     data = None if x is None else DrawnData.of(posterior, weights, x, y, "to_arviz")
-    labels = _Labels.of(coords, exported, data)
+    labels = _Labels.of(coords, weights, data)
     _check_size(exported, data, draws, max_bytes, surviving_only)
 
     with random_state(seed, posterior.device):
@@ -156,6 +159,34 @@ def _chosen(sites: str | Iterable[str] | None, known: tuple[str, ...]) -> tuple[
     return tuple(name for name in known if name in names)
 
 
+def _none_left(posterior: Posterior, chosen: Sequence[str], threshold: float) -> ValueError:
+    names, log_alpha = ", ".join(chosen), posterior.log_alpha()
+    if all(bool(log_alpha[name].isposinf().all()) for name in chosen):
+        return ValueError(
+            f"no weight of {names} is left at any threshold: all were pruned while training.\n"
+            "  Try surviving_only=False, for weights of zero in every draw."
+        )
+    return ValueError(
+        f"no weight of {names} is left at threshold {threshold:g}.\n"
+        "  Try surviving_only=False, or a higher threshold."
+    )
+
+
+def _check_names(sites: Sequence[SiteDraws]) -> None:
+    names: dict[str, str] = {}
+    for site in sites:
+        other = names.setdefault(_variable(site), site.name)
+        if other != site.name:
+            raise ValueError(
+                f'sites "{other}" and "{site.name}" would both be "{_variable(site)}": "/" is a '
+                "group in netCDF, and becomes a dot.\n  Try another name for one of them."
+            )
+
+
+def _variable(site: SiteDraws) -> str:
+    return site.name.replace("/", ".")
+
+
 class _Labels(dict[str, NDArray[Any]]):
     """Labels along every dimension, by its name."""
 
@@ -166,7 +197,7 @@ class _Labels(dict[str, NDArray[Any]]):
         data: DrawnData | None,
     ) -> _Labels:
         sizes = {
-            f"{site.name}_{axis}": size
+            f"{_variable(site)}_{axis}": size
             for site in sites
             for axis, size in zip(site.axes, site.shape, strict=True)
         }
@@ -197,7 +228,7 @@ class _Labels(dict[str, NDArray[Any]]):
             for (_, part), size in zip(self.parts(site).values(), site.shape, strict=True)
             if size > 1
         ] or [part for _, part in self.parts(site).values()][-1:]
-        shown = [", ".join(map(str, each)) for each in zip(*told, strict=True)] or [site.name]
+        shown = [", ".join(map(str, each)) for each in zip(*told, strict=True)] or [_variable(site)]
         return {_site_dims(site)[0]: shown}
 
     def parts(self, site: SiteDraws) -> dict[str, tuple[str, NDArray[Any]]]:
@@ -205,7 +236,7 @@ class _Labels(dict[str, NDArray[Any]]):
         if site.index is None:
             return {}
         places = np.unravel_index(site.index.cpu().numpy(), site.shape)
-        names = [f"{site.name}_{axis}" for axis in site.axes]
+        names = [f"{_variable(site)}_{axis}" for axis in site.axes]
         return {
             name: (_site_dims(site)[0], self[name][place])
             for name, place in zip(names, places, strict=True)
@@ -214,7 +245,7 @@ class _Labels(dict[str, NDArray[Any]]):
 
 def _site_dims(site: SiteDraws) -> tuple[str, ...]:
     axes = site.axes if site.index is None else ("weight",)
-    return tuple(f"{site.name}_{axis}" for axis in axes)
+    return tuple(f"{_variable(site)}_{axis}" for axis in axes)
 
 
 def _site_shape(site: SiteDraws) -> tuple[int, ...]:
@@ -232,6 +263,19 @@ def _named_inputs(data: DrawnData) -> list[tuple[str, torch.Tensor]]:
     return [(f"x_{index}", value) for index, value in enumerate(data.x)]
 
 
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """``shape`` without dimensions of size 1 at its end."""
+    while shape and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
+def _numpy(value: torch.Tensor) -> NDArray[Any]:
+    """In float32 where it has 16 bits: NumPy knows no bfloat16, and netCDF neither."""
+    array: NDArray[Any] = (value.float() if value.dtype in _HALF else value).cpu().numpy()
+    return array
+
+
 # Groups.
 
 
@@ -241,7 +285,7 @@ def _posterior_group(
     import xarray as xr
 
     variables = {
-        site.name: (
+        _variable(site): (
             ("chain", "draw", *_site_dims(site)),
             drawn[site.name].reshape(1, draws, *_site_shape(site)),
         )
@@ -259,14 +303,15 @@ def _data_groups(
     import xarray as xr
 
     sample = {"chain": [0], "draw": np.arange(draws)}
-    dims = _dims("y", data.y_shape)
+    shape = (len(data), *_without_ones(data.y_shape))
+    dims = _dims("y", shape[1:])
     coordinates = {dim: labels[dim] for dim in dims}
-    variable = (("chain", "draw", *dims), predictions.y[None])
+    variable = (("chain", "draw", *dims), predictions.y.reshape(1, draws, *shape))
     groups = {"posterior_predictive": xr.Dataset({"y": variable}, sample | coordinates)}
     if data.y is not None and predictions.log_likelihood is not None:
         of_y = {"y": (("chain", "draw", "data"), predictions.log_likelihood[None])}
         groups["log_likelihood"] = xr.Dataset(of_y, sample | {"data": labels["data"]})
-        observed = data.y.cpu().numpy()
+        observed = _numpy(data.y).reshape(shape)
         observed = observed.astype(np.int32) if data.discrete else observed
         groups["observed_data"] = xr.Dataset({"y": (dims, observed)}, coordinates)
     return groups
@@ -288,11 +333,11 @@ def _constant_group(
         for key, (values, meaning) in about.items():
             attributes = {"meaning": meaning, "shape_of_weight": str(site.shape)}
             array = values.cpu().numpy().reshape(_site_shape(site))
-            variables[f"{site.name}.{key}"] = (_site_dims(site), array, attributes)
+            variables[f"{_variable(site)}.{key}"] = (_site_dims(site), array, attributes)
         coordinates |= labels.along(site) | labels.parts(site)
     for name, value in [] if data is None else _named_inputs(data):
         dims = _dims(name, value.shape[1:])
-        variables[name] = (dims, value.cpu().numpy())
+        variables[name] = (dims, _numpy(value))
         coordinates |= {dim: labels[dim] for dim in dims}
     return xr.Dataset(variables, coordinates)
 
@@ -363,7 +408,7 @@ def _check_size(
     if data is not None:
         of_y = len(data) * int(np.prod(data.y_shape))
         per_draw += 4 * of_y
-        fixed += sum(value.numel() * value.element_size() for value in data.x)
+        fixed += sum(value.numel() * _numpy(value[:0]).itemsize for value in data.x)
         if data.y is not None:
             per_draw += 8 * len(data)
             fixed += data.y.numel() * data.y.element_size()

@@ -27,16 +27,15 @@ from torch import Tensor
 
 from bayes_svdo._names import unknown_name
 from bayes_svdo.analysis.figures import check_posterior
-from bayes_svdo.analysis.moments import Moments, output_moments
+from bayes_svdo.analysis.moments import Moments, draws_by_moments, output_moments
 from bayes_svdo.analysis.predictives import (
     ClassificationPredictive,
     RegressionPredictive,
-    as_tensor,
 )
 from bayes_svdo.distributions.undrawn import LocalReparameterization, WeightReused
-from bayes_svdo.inference.arguments import check_count, check_seed, check_threshold
-from bayes_svdo.inference.draws import outputs_at_draws
+from bayes_svdo.inference.arguments import check_count, check_seed
 from bayes_svdo.inference.guide import AdditiveNoiseGuide
+from bayes_svdo.inference.inputs import inputs_of
 from bayes_svdo.inference.posterior import (
     Posterior,
     _evaluating,
@@ -45,7 +44,6 @@ from bayes_svdo.inference.posterior import (
 )
 from bayes_svdo.inference.surroundings import random_state
 from bayes_svdo.models import BayesianNetwork, Bernoulli, Categorical, Gaussian
-from bayes_svdo.models.bayesian_network import _call
 from bayes_svdo.models.likelihoods import Likelihood
 
 __all__ = ["ClassificationPredictive", "Method", "RegressionPredictive", "predictive"]
@@ -80,13 +78,13 @@ def predictive(
         posterior: Of a :class:`~bayes_svdo.models.BayesianNetwork` with a ``Categorical``,
             ``Bernoulli`` or ``Gaussian`` likelihood.
         x: Inputs of shape ``(N, ...)``, or a tuple of such; finite.
-        num_samples: Draws. For ``"moments"``: draws of the Gaussian logits, over which softmax is
+        num_samples: Draws. For ``"moments"``: draws of Gaussian logits, over which softmax is
             averaged (as Kendall & Gal (2017), eq. 12, https://arxiv.org/abs/1703.04977); regression
             needs none.
         method: ``"weights"``, ``"local"`` or ``"moments"``, see the module.
-        batch_size: Inputs taken at a time, which bounds the memory.
+        batch_size: Inputs taken at a time, of all draws together, which bounds the memory.
         seed: For the draws; torch's global generators are left as they were. None to go on with
-            those. Draws of ``"local"`` depend on ``batch_size``, too.
+            those. Draws of ``"local"`` and ``"moments"`` depend on ``batch_size``, too.
         threshold: Weights with ``log alpha >= threshold`` are zero in every draw. None prunes
             nothing that was not pruned while training: pruned weights hold little information,
             but the noise on them is part of the posterior.
@@ -102,6 +100,7 @@ def predictive(
             none that ``"moments"`` can take.
         ValueError: ``num_samples`` or ``batch_size`` is below 1, ``method`` is unknown, ``x`` is
             empty, has NaN or does not fit the network, or the network's output is not finite.
+        MemoryError: There is no room for the draws of a regression.
     """
     check_posterior(posterior, "predictive")
     network = posterior._network("predictive")
@@ -116,13 +115,16 @@ def predictive(
     if method not in get_args(Method):
         raise unknown_name("method", method, get_args(Method))
     seed = check_seed(seed)
-    inputs = _inputs(x)
+    inputs = inputs_of(x)
     if threshold is not None:
-        posterior = _pruned(posterior, check_threshold(threshold))
+        posterior = posterior._pruned(threshold)
     size = len(inputs[0])
-    with random_state(seed, posterior.device):
+    with random_state(seed, posterior.device), _evaluating(network), local_parameters():
         if isinstance(likelihood, Gaussian) and method == "moments":
-            return _regression_by_moments(likelihood, _moments(posterior, inputs, batch_size))
+            batches = posterior._split(_one_input(inputs), batch_size)
+            return _regression_by_moments(
+                likelihood, (output_moments(posterior, batch) for (batch,) in batches)
+            )
         outputs = {
             "local": _outputs_by_local_reparameterization,
             "weights": _outputs_by_weights,
@@ -131,25 +133,6 @@ def predictive(
         if isinstance(likelihood, Gaussian):
             return _regression(likelihood, outputs, num_samples, size, method)
         return _classification(likelihood, outputs, num_samples, size, method, keep_draws)
-
-
-def _inputs(x: Any) -> tuple[Tensor, ...]:
-    parts = x if isinstance(x, tuple) else (x,)
-    names = [f"x[{index}]" if len(parts) > 1 else "x" for index in range(len(parts))]
-    inputs = tuple(map(as_tensor, parts, names))
-    for name, value in zip(names, inputs, strict=True):
-        if len(value) != len(inputs[0]):
-            raise ValueError(f"{name} has {len(value)} data points, but x[0] {len(inputs[0])}.")
-    if not inputs or len(inputs[0]) == 0:
-        raise ValueError("x is empty.")
-    return inputs
-
-
-def _pruned(posterior: Posterior, threshold: float) -> Posterior:
-    """A copy whose guide has point masses at zero where ``log alpha >= threshold``."""
-    guide = posterior.guide.copy_for(posterior.model)
-    guide.prune_(threshold)
-    return Posterior(posterior.model, guide, threshold=threshold, drawn=posterior.drawn)
 
 
 # Outputs of the network, draw by draw.
@@ -161,16 +144,13 @@ def _outputs_by_local_reparameterization(
     network = posterior._network("predictive")
     reused = set(posterior.drawn)
     start = 0
-    with (
-        _evaluating(network),
-        local_parameters(),
-        _explained(x, next(posterior.guide.parameters()).dtype),
-    ):
-        for batch in posterior._split(x, batch_size):
-            rows = slice(start, start + len(batch[0]))
-            for index in range(num_samples):
-                yield index, rows, _draw(posterior.guide, network, batch, reused)
-            start = rows.stop
+    for batch in posterior._split(x, batch_size):
+        rows = slice(start, start + len(batch[0]))
+        for index in range(num_samples):
+            with _explained(x, posterior.dtype):
+                output = _draw(posterior.guide, network, batch, reused)
+            yield index, rows, output
+        start = rows.stop
 
 
 def _draw(
@@ -182,7 +162,7 @@ def _draw(
         with LocalReparameterization(reused):
             weights = guide()
         try:
-            return _call(network.net, weights, batch)
+            return network.output(weights, batch)
         except WeightReused as error:
             reused.add(error.name)
 
@@ -190,41 +170,27 @@ def _draw(
 def _outputs_by_weights(
     posterior: Posterior, x: tuple[Tensor, ...], num_samples: int, batch_size: int
 ) -> _Outputs:
-    network = posterior._network("predictive")
-    with (
-        _evaluating(network),
-        local_parameters(),
-        _explained(x, next(posterior.guide.parameters()).dtype),
-    ):
-        outputs = outputs_at_draws(
-            network,
-            posterior.guide,
-            lambda: posterior._split(x, batch_size),
-            num_samples,
-        )
-        for draws, rows, several in outputs:
-            for index, output in zip(range(draws.start, draws.stop), several, strict=True):
-                yield index, rows, output
+    for draws, rows, several in posterior._drawn_outputs(x, num_samples, batch_size):
+        for index, output in zip(range(draws.start, draws.stop), several, strict=True):
+            yield index, rows, output
 
 
 def _outputs_by_moments(
     posterior: Posterior, x: tuple[Tensor, ...], num_samples: int, batch_size: int
 ) -> _Outputs:
-    """Draws of outputs that are taken for independent Gaussians."""
+    """Draws of outputs with the mean and the covariance of moment propagation."""
     start = 0
-    for mean, variance in _moments(posterior, x, batch_size):
-        rows = slice(start, start + len(mean))
-        std = variance.sqrt()
-        for index in range(num_samples):
-            yield index, rows, torch.addcmul(mean, std, torch.randn_like(mean))
+    for (batch,) in posterior._split(_one_input(x), batch_size):
+        rows = slice(start, start + len(batch))
+        for index, output in enumerate(draws_by_moments(posterior, batch, num_samples)):
+            yield index, rows, output
         start = rows.stop
 
 
-def _moments(posterior: Posterior, x: tuple[Tensor, ...], batch_size: int) -> Iterator[Moments]:
+def _one_input(x: tuple[Tensor, ...]) -> tuple[Tensor]:
     if len(x) > 1:
         raise TypeError(f'method "moments" takes networks of one input, but x has {len(x)}.')
-    for (batch,) in posterior._split(x, batch_size):
-        yield output_moments(posterior, batch)
+    return (x[0],)
 
 
 # From outputs to distributions.
@@ -253,7 +219,7 @@ def _classification(
         if log_sums is None or expected_entropy is None:
             log_sums = log_p.new_full((size, *log_p.shape[1:]), -math.inf)
             expected_entropy = log_p.new_zeros(log_sums.shape[:-1])
-            draws = log_p.new_empty((num_samples, *log_sums.shape)) if keep_draws else None
+            draws = _room(log_p, (num_samples, *log_sums.shape)) if keep_draws else None
         log_sums[rows] = torch.logaddexp(log_sums[rows], log_p)
         expected_entropy[rows] -= (p * log_p).where(p > 0, 0.0).sum(-1)  # 0 log 0 is 0
         if draws is not None:
@@ -276,8 +242,7 @@ def _regression(
     kept: Tensor | None = None
     for index, rows, output in outputs:
         if kept is None:
-            shape = (num_samples, size, *output.shape[1:])
-            kept = output.new_empty(shape, dtype=torch.float64)
+            kept = _room(output, (num_samples, size, *output.shape[1:]))
         kept[index, rows] = output.double()
     assert kept is not None
     _check_output(kept.isfinite().all(0))
@@ -291,6 +256,17 @@ def _regression(
         method,
         num_samples,
     )
+
+
+def _room(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Room for all draws, in float64."""
+    try:
+        return like.new_empty(shape, dtype=torch.float64)
+    except RuntimeError as error:
+        raise MemoryError(
+            f"num_samples={shape[0]} draws for {shape[1]} data points take "
+            f"{math.prod(shape) * 8 / 2**30:.3g} GiB."
+        ) from error
 
 
 def _normal(likelihood: Gaussian, output: Tensor) -> tuple[Tensor, Tensor]:

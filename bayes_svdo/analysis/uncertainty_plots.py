@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import PercentFormatter
 from matplotlib.transforms import offset_copy
 from numpy.typing import NDArray
@@ -33,11 +34,11 @@ from bayes_svdo.analysis.figures import (
 from bayes_svdo.analysis.predictives import (
     ClassificationPredictive,
     RegressionPredictive,
-    as_tensor,
     check_labels,
 )
 from bayes_svdo.analysis.selective import RiskCoverage
 from bayes_svdo.inference.arguments import check_count
+from bayes_svdo.inference.inputs import as_tensor
 
 Kind = Literal["entropy", "mutual_information"]
 Which = Literal["most", "least", "spread"]
@@ -47,17 +48,25 @@ _LEVELS = (0.95, 0.5)
 _SHADES = {0.95: 0.18, 0.5: 0.35}
 _DASHES = {0.95: "-", 0.5: "--"}
 _CAPTION_SIZE = 7.0
-_CAPTION = 0.5  # height of an image's caption, of that of the image
 _GAP = 0.35  # between columns, of the width of an image
 _INCHES = 0.7  # width of an image
 _MOST_COLUMNS = 8
 _BELOW_LABEL = 34.0  # points from an axis to what stands below its label
+# Of legends: beside the axes of a figure of our own, inside of axes that may have neighbours.
+_RIGHT: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+_INSIDE: dict[str, Any] = {
+    "loc": "best",
+    "frameon": True,
+    "framealpha": 0.8,
+    "edgecolor": GREY,
+    "fontsize": TICK_SIZE - 1,
+}
 
 
 def plot_predictive_bands(
     predictive: RegressionPredictive,
     x: Any,
-    data: tuple[Any, Any] | None = None,
+    data: Sequence[Any] | None = None,
     *,
     xlabel: str = "x",
     ylabel: str = "y",
@@ -71,10 +80,10 @@ def plot_predictive_bands(
     Args:
         predictive: Of one target, for the inputs ``x``: shape ``(N,)`` or ``(N, 1)``.
         x: Inputs, shape ``(N,)`` or ``(N, 1)``, in any order; two or more.
-        data: Observations ``(x, y)`` to draw as points.
+        data: Observations ``(x, y)`` to draw as points, all of them, also beyond ``x``.
         xlabel: With its unit.
         ylabel: With its unit.
-        ax: Where to draw; a new figure if None.
+        ax: Where to draw, with the legend inside; a new figure if None.
 
     Raises:
         TypeError: ``predictive`` is no RegressionPredictive, or ``data`` no pair.
@@ -82,7 +91,7 @@ def plot_predictive_bands(
     """
     if not isinstance(predictive, RegressionPredictive):
         raise _no("predictive", "RegressionPredictive", predictive)
-    if data is not None and (not isinstance(data, tuple) or len(data) != 2):
+    if data is not None and (not isinstance(data, (tuple, list)) or len(data) != 2):
         raise TypeError(f"data must be a pair (x, y), but is a {type(data).__name__}.")
     inputs = _column(x, "x")
     mean = _column(predictive.mean, "predictive.mean")
@@ -101,6 +110,7 @@ def plot_predictive_bands(
             )
     order = np.argsort(inputs, kind="stable")
     inputs, mean = inputs[order], mean[order]
+    inside = ax is not None
     with styled(None if ax is None else ax.figure, (6.4, 3.6)) as figure:
         ax = figure.subplots() if ax is None else ax
         key: list[Any] = []
@@ -127,10 +137,11 @@ def plot_predictive_bands(
         if points is not None:
             ax.plot(*points, "o", color="black", ms=2.5, mew=0, alpha=0.7)
             key.append(Line2D([], [], ls="", marker="o", color="black", ms=3, label="data"))
-        ax.set_xlim(inputs[0], inputs[-1])
+        drawn = inputs if points is None else np.concatenate([inputs, points[0]])
+        ax.set_xlim(drawn.min(), drawn.max())
         ax.set(xlabel=xlabel, ylabel=ylabel, title="What is predicted, and how surely")
         ax.tick_params(labelsize=TICK_SIZE)
-        ax.legend(handles=key, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        ax.legend(handles=key, **(_INSIDE if inside else _RIGHT))
     return ax
 
 
@@ -148,10 +159,11 @@ def plot_uncertain_images(
     """Images by descending uncertainty, with what was predicted, what is true, and how many nats.
 
     Args:
-        predictive: Of one label per image, for all images: ``N``.
+        predictive: Of one label per image, for all images: probabilities of shape ``(N, K)``, or
+            ``(N, 1, K)``.
         images: Shape ``(N, height, width)`` or ``(N, channels, height, width)`` with 1 or 3
             channels, numbers from 0 to 1.
-        y: True labels, shape ``(N,)``; a wrong prediction is in colour and has both names.
+        y: True labels, one per image; a wrong prediction is in colour and has both names.
         by: ``"entropy"`` (total) or ``"mutual_information"`` (epistemic).
         which: The ``"most"`` or the ``"least"`` uncertain ones, or ``"spread"`` evenly over all
             ranks, from the most to the least uncertain.
@@ -171,32 +183,42 @@ def plot_uncertain_images(
             raise unknown_name(name, value, known)
     count = check_count("count", count)
     log_p = predictive.log_probabilities
-    if log_p.dim() != 2:
+    if math.prod(log_p.shape[1:-1]) != 1:
         raise ValueError(
             "predictive must have one label per image, probabilities of shape (N, K), but they "
             f"have shape {tuple(log_p.shape)}."
         )
     pixels = _pixels(images, len(log_p))
-    names = _class_names(class_names, log_p.shape[1])
-    truth = None if y is None else check_labels(y, log_p).cpu().numpy()
-    uncertainty = array(getattr(predictive, by))
-    predicted = predictive.predict().cpu().numpy()
+    names = _class_names(class_names, log_p.shape[-1])
+    predicted = predictive.predict().flatten().cpu().numpy()
+    truth = predicted if y is None else check_labels(y, log_p).flatten().cpu().numpy()
+    uncertainty = array(getattr(predictive, by)).ravel()
     order = np.argsort(-uncertainty, kind="stable")
     chosen = _ranks(order, which, count)
-    columns = min(len(chosen), _MOST_COLUMNS)
+    wrong = (truth != predicted)[chosen]
+    captions = _captions(
+        [names[index] for index in predicted[chosen]],
+        [names[truth[index]] if truth[index] != predicted[index] else None for index in chosen],
+        [_nats(value) for value in uncertainty[chosen]],
+    )
+    caption = 0.16 + 0.17 * max(text.count("\n") + 1 for text in captions)
+    pitch = max(1 + _GAP, _width(captions) + 0.15)
+    columns = min(len(chosen), max(1, int(_MOST_COLUMNS * (1 + _GAP) / pitch)))
     rows = -(-len(chosen) // columns)
     ratio = pixels.shape[1] / pixels.shape[2]
-    wide, high = columns * (1 + _GAP) - _GAP + 0.2, rows * (ratio + _CAPTION) + 0.1
-    size = (_INCHES * wide + 0.1, _INCHES * high + 0.55)
+    side = 0.5 * (pitch - 1)  # of an image, for its caption
+    wide, high = columns * pitch, rows * (ratio + caption) + 0.1
+    size = (_INCHES * wide + 0.1, _INCHES * high + (0.3 if y is None else 0.46))
     with styled(None if ax is None else ax.figure, size) as figure:
         caption_size = _CAPTION_SIZE
         if ax is not None:  # captions go with the images
-            inches = ax.get_window_extent().width / figure.dpi / wide
+            box = ax.get_window_extent()
+            inches = min(box.width / wide, box.height / high) / figure.dpi
             caption_size *= min(1.0, inches / _INCHES)
         ax = figure.subplots() if ax is None else ax
         for place, index in enumerate(chosen):
             row, column = divmod(place, columns)
-            left, top = column * (1 + _GAP), -row * (ratio + _CAPTION)
+            left, top = column * pitch, -row * (ratio + caption)
             ax.imshow(
                 pixels[index],
                 cmap="gray_r",
@@ -205,23 +227,19 @@ def plot_uncertain_images(
                 extent=(left, left + 1, top - ratio, top),
                 interpolation="nearest",
             )
-            label = names[predicted[index]]
-            wrong = truth is not None and truth[index] != predicted[index]
-            if wrong:
-                label += f", is {names[cast(Any, truth)[index]]}"
             ax.text(
                 left + 0.5,
                 top - ratio - 0.06,
-                f"{label}\n{_nats(uncertainty[index])}",
+                captions[place],
                 ha="center",
                 va="top",
                 fontsize=caption_size,
-                color=ORANGE if wrong else "black",
+                color=ORANGE if wrong[place] else "black",
                 linespacing=1.1,
             )
-        ax.set_xlim(-0.1, wide - 0.1)
+        ax.set_xlim(-side, wide - side)
         ax.set_ylim(0.08 - high, 0.08)
-        ax.set_aspect("equal")
+        ax.set_aspect("equal", anchor="N")  # the title stays where the layout made room for it
         ax.set_axis_off()
         shown = {
             "most": f"The {len(chosen)} most uncertain of {len(order):,} images",
@@ -230,7 +248,7 @@ def plot_uncertain_images(
         }[which]
         ax.set_title(
             f"{shown}, by {by.replace('_', ' ')}"
-            + ("" if truth is None else "\nbelow: the prediction, in colour where wrong")
+            + ("" if y is None else "\nbelow: the prediction, in colour where wrong")
         )
     return ax
 
@@ -242,7 +260,7 @@ def plot_reliability(
 
     Args:
         reliability: As :func:`~bayes_svdo.analysis.reliability` gives it, or several by name.
-        ax: Where to draw; a new figure if None.
+        ax: Where to draw, with the legend inside; a new figure if None.
 
     Returns:
         The axes. The area of a point is in proportion to its bin's count; the bar is the 95 %
@@ -261,6 +279,7 @@ def plot_reliability(
         for name, each in curves.items()
     )
     low = max(0.0, math.floor(10 * lowest) / 10)
+    inside = ax is not None
     with styled(None if ax is None else ax.figure, (4.4, 4.7)) as figure:
         ax = figure.subplots() if ax is None else ax
         ax.plot([low, 1.0], [low, 1.0], color=GREY, lw=1.0, zorder=0)
@@ -286,7 +305,9 @@ def plot_reliability(
             ylabel="predictions that are right (%)",
         )
         ax.set_title("Reliability (below the line: too sure)")
-        # In points, for the label of the axis does not shrink with it.
+        if inside:
+            ax.legend(**_INSIDE)
+            return ax
         below = offset_copy(ax.transAxes, fig=cast(Any, figure), y=-_BELOW_LABEL, units="points")
         ax.legend(
             loc="upper left", bbox_to_anchor=(0.0, 0.0), bbox_transform=below, borderaxespad=0.0
@@ -307,7 +328,7 @@ def plot_risk_coverage(
         curves: As :func:`~bayes_svdo.analysis.risk_coverage` gives it, or several by name.
         ylabel: What the loss is, with its unit; None for mean loss, or errors if in percent.
         percent: Whether to show the risk in percent, for losses of 0 and 1.
-        ax: Where to draw; a new figure if None.
+        ax: Where to draw, with the legend inside; a new figure if None.
 
     Returns:
         The axes, with the area under each curve (AURC) in the legend. The dotted lines are what
@@ -321,6 +342,7 @@ def plot_risk_coverage(
     several = len(given) > 1 or isinstance(curves, Mapping)
     if ylabel is None:
         ylabel = "errors among those kept (%)" if percent else "mean loss of those kept"
+    inside = ax is not None
     with styled(None if ax is None else ax.figure, (6.4, 3.4)) as figure:
         ax = figure.subplots() if ax is None else ax
         colours = cast("list[str]", layer_colours(len(given)))
@@ -337,7 +359,7 @@ def plot_risk_coverage(
         ax.tick_params(labelsize=TICK_SIZE)
         ax.set(xlabel="coverage: surest predictions kept (%)", ylabel=ylabel)
         ax.set_title("Risk of the predictions kept (dotted: at random)")
-        ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        ax.legend(**(_INSIDE if inside else _RIGHT))
     return ax
 
 
@@ -413,6 +435,27 @@ def _function_interval(predictive: RegressionPredictive, level: float) -> tuple[
 
 def _nats(value: float) -> str:
     return f"{value:#.2g} nats" if value >= 1e-3 else "< 0.001 nats"
+
+
+def _captions(
+    predicted: Sequence[str], actual: Sequence[str | None], nats: Sequence[str]
+) -> list[str]:
+    """Both names in one line, or in two if that is too long for an image."""
+    for between in (", ", ",\n"):
+        captions = [
+            "".join((name, "" if other is None else f"{between}is {other}", "\n", number))
+            for name, other, number in zip(predicted, actual, nats, strict=True)
+        ]
+        if _width(captions) <= 1 + 0.5 * _GAP:
+            break
+    return captions
+
+
+def _width(captions: Sequence[str]) -> float:
+    """Of the longest line, in widths of an image."""
+    lines = {line for caption in captions for line in caption.split("\n")}
+    points = (TextPath((0, 0), line, size=_CAPTION_SIZE).get_extents().width for line in lines)
+    return 1.1 * max(points) / (72 * _INCHES)  # glyphs fitted to pixels take more room
 
 
 def _ranks(order: NDArray[np.intp], which: Which, count: int) -> NDArray[np.intp]:

@@ -339,10 +339,10 @@ def _pair(data: Sequence[Any], name: str) -> tuple[Any, Tensor]:
         raise TypeError(f"{name} must be a pair (x, y), but has {len(data)} elements.")
     x = data[0]
     if isinstance(x, tuple):
-        inputs: Any = tuple(_tensor(value, f"{name} x[{i}]") for i, value in enumerate(x))
+        inputs: Any = tuple(finite_tensor(value, f"{name} x[{i}]") for i, value in enumerate(x))
     else:
-        inputs = _tensor(x, f"{name} x")
-    pair = inputs, _tensor(data[1], f"{name} y")
+        inputs = finite_tensor(x, f"{name} x")
+    pair = inputs, finite_tensor(data[1], f"{name} y")
     leaves = tree_leaves(pair)
     if len(leaves) == 1 or len({len(leaf) for leaf in leaves}) > 1:
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves[:-1]) or "()"
@@ -353,7 +353,8 @@ def _pair(data: Sequence[Any], name: str) -> tuple[Any, Tensor]:
     return pair
 
 
-def _tensor(value: Any, name: str) -> Tensor:
+def finite_tensor(value: Any, name: str) -> Tensor:
+    """A tensor or array of finite numbers, with at least one dimension, as a tensor."""
     if isinstance(value, np.ndarray):
         try:
             # Torch takes no negative strides, and warns of arrays that are read-only.

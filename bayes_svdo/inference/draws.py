@@ -12,10 +12,9 @@ from bayes_svdo.distributions import AdditiveNoiseNormal
 from bayes_svdo.inference.guide import AdditiveNoiseGuide
 from bayes_svdo.models import BayesianNetwork
 
-# Bounds on what is in memory at once: draws, weights of all of them, and rows of data for each.
+# Bounds on what is in memory at once: draws, and the weights of all of them.
 _MOST_DRAWS = 64
 _MOST_WEIGHTS = 2**23
-_MOST_ROWS = 2**14
 
 
 @torch.no_grad()
@@ -24,6 +23,7 @@ def outputs_at_draws(
     guide: AdditiveNoiseGuide,
     batches: Callable[[], Iterable[tuple[Tensor, ...]]],
     num_samples: int,
+    most_rows: int,
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """The network's outputs, each draw one function of all inputs.
 
@@ -32,6 +32,8 @@ def outputs_at_draws(
         guide: Where weights are drawn from.
         batches: Gives the inputs, some at a time; called once per group of draws.
         num_samples: Number of draws.
+        most_rows: As many rows go through the network at once, those of all draws together, but
+            no less than a batch.
 
     Yields:
         Which draws, which inputs, and their outputs, shape ``(draws, inputs, ...)``.
@@ -43,7 +45,7 @@ def outputs_at_draws(
     num_weights = sum(q.loc.numel() for q in posteriors.values())
     # Not by the size of batches, on which the random numbers would then depend.
     step = max(1, min(_MOST_DRAWS, _MOST_WEIGHTS // max(1, num_weights)))
-    at_once = _at_once(network)
+    at_once = _at_once(network, most_rows)
     for start in range(0, num_samples, step):
         draws = slice(start, min(start + step, num_samples))
         size = draws.stop - draws.start
@@ -55,17 +57,18 @@ def outputs_at_draws(
             first = rows.stop
 
 
-def _at_once(network: BayesianNetwork) -> Callable[..., Tensor]:
+def _at_once(network: BayesianNetwork, most_rows: int) -> Callable[..., Tensor]:
     """The outputs at several draws: by ``torch.vmap``, or one by one where that cannot be."""
     vectorised = True
 
     def call(weights: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
         nonlocal vectorised
-        if vectorised and len(next(iter(weights.values()))) > 1:
+        chunk = min(most_rows // len(batch[0]), len(next(iter(weights.values()))))
+        if vectorised and chunk > 1:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("error")  # of operations that vmap loops over
-                    return _vmapped(network, weights, batch)
+                    return _vmapped(network, weights, batch, chunk)
             except torch.OutOfMemoryError:
                 raise
             except Exception:  # whatever it is, a loop shows whether the network can be called
@@ -78,11 +81,10 @@ def _at_once(network: BayesianNetwork) -> Callable[..., Tensor]:
 
 
 def _vmapped(
-    network: BayesianNetwork, weights: dict[str, Tensor], batch: tuple[Tensor, ...]
+    network: BayesianNetwork, weights: dict[str, Tensor], batch: tuple[Tensor, ...], chunk: int
 ) -> Tensor:
     def one(values: dict[str, Tensor]) -> Tensor:
         return network.output(values, batch)
 
-    chunk = max(1, _MOST_ROWS // len(batch[0]))
     outputs: Tensor = torch.vmap(one, randomness="different", chunk_size=chunk)(weights)
     return outputs

@@ -14,10 +14,12 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from bayes_svdo.inference.arguments import check_count, check_threshold
+from bayes_svdo.inference.arguments import check_count, check_seed, check_threshold
 from bayes_svdo.inference.draws import outputs_at_draws
 from bayes_svdo.inference.guide import AdditiveNoiseGuide
 from bayes_svdo.inference.history import History
+from bayes_svdo.inference.inputs import inputs_of
+from bayes_svdo.inference.surroundings import random_state
 from bayes_svdo.models import BayesianNetwork
 from bayes_svdo.models.bayesian_network import OutputError
 
@@ -151,9 +153,10 @@ class Posterior:
     ) -> Tensor:
         """The network's output for given weights, in evaluation mode."""
         network = self._network("output")
-        with _evaluating(network), _explained(x, next(self.guide.parameters()).dtype):
+        inputs = inputs_of(x)
+        with _evaluating(network), _explained(inputs, self.dtype):
             return torch.cat(
-                [network.output(weights, batch) for batch in self._split(x, batch_size)]
+                [network.output(weights, batch) for batch in self._split(inputs, batch_size)]
             )
 
     @torch.no_grad()
@@ -164,45 +167,70 @@ class Posterior:
         *,
         threshold: float | None = None,
         batch_size: int = _PREDICTION_BATCH,
+        seed: int | None = None,
     ) -> Tensor:
         """Means of ``y`` given ``x``: class probabilities, or means of a regression.
 
         Args:
-            x: Inputs of shape ``(N, ...)``, or a tuple of such.
+            x: Inputs of shape ``(N, ...)``, or a tuple of such; finite.
             num_samples: None for the pruned mean network. A number ``S`` for as many draws of all
-                weights from the posterior (not pruned): each is one function of all inputs.
-            threshold: Where to prune; the posterior's own if None.
-            batch_size: Inputs taken at a time, which bounds the memory.
+                weights from the posterior: each is one function of all inputs.
+            threshold: Where to prune. If None, the mean network is pruned at the posterior's own
+                threshold, and draws are not pruned.
+            batch_size: Inputs taken at a time, of all draws together, which bounds the memory.
+            seed: For the draws; torch's global generators are left as they were. None to go on
+                with those.
 
         Returns:
             Shape ``(N, ...)``, or ``(S, N, ...)`` if ``num_samples`` is given. On the device of
             the posterior.
 
         Raises:
-            ValueError: ``num_samples`` or ``batch_size`` is below 1.
+            TypeError: ``x`` is no tensor or array, nor a tuple of such.
+            ValueError: ``num_samples`` or ``batch_size`` is below 1, or ``x`` is empty, has NaN or
+                does not fit the network.
         """
         network = self._network("predict")
+        seed = check_seed(seed)
         if num_samples is None:
             return network.likelihood.mean(self.output(x, threshold, batch_size))
         num_samples = check_count("num_samples", num_samples)
-        check_count("batch_size", batch_size)
-        dtype = next(self.guide.parameters()).dtype
+        inputs = inputs_of(x)
+        posterior = self if threshold is None else self._pruned(threshold)
         means: Tensor | None = None
-        size = len(x[0] if isinstance(x, tuple) else x)
-        with _evaluating(network), local_parameters(), _explained(x, dtype):
-            outputs = outputs_at_draws(
-                network,
-                self.guide,
-                lambda: self._split(x, batch_size),
-                num_samples,
-            )
-            for draws, rows, output in outputs:
+        with random_state(seed, self.device), _evaluating(network), local_parameters():
+            for draws, rows, output in posterior._drawn_outputs(inputs, num_samples, batch_size):
                 mean = network.likelihood.mean(output)
                 if means is None:
-                    means = mean.new_empty((num_samples, size, *mean.shape[2:]))
+                    means = mean.new_empty((num_samples, len(inputs[0]), *mean.shape[2:]))
                 means[draws, rows] = mean
         assert means is not None
         return means
+
+    def _drawn_outputs(
+        self, inputs: tuple[Tensor, ...], num_samples: int, batch_size: int
+    ) -> Iterator[tuple[slice, slice, Tensor]]:
+        """As :func:`outputs_at_draws`, in evaluation mode, which is the caller's business."""
+        check_count("batch_size", batch_size)
+        outputs = outputs_at_draws(
+            self._network("predict"),
+            self.guide,
+            lambda: self._split(inputs, batch_size),
+            num_samples,
+            batch_size,
+        )
+        while True:
+            with _explained(inputs, self.dtype):  # not what is done with them
+                found = next(outputs, None)
+            if found is None:
+                return
+            yield found
+
+    def _pruned(self, threshold: float) -> Posterior:
+        """A copy whose guide has point masses at zero where ``log alpha >= threshold``."""
+        guide = self.guide.copy_for(self.model)
+        guide.prune_(check_threshold(threshold))
+        return Posterior(self.model, guide, threshold=threshold, drawn=self.drawn)
 
     def predictive(
         self,
@@ -267,12 +295,9 @@ class Posterior:
             max_bytes=max_bytes,
         )
 
-    def _split(self, x: Any, batch_size: int) -> Iterator[tuple[Tensor, ...]]:
+    def _split(self, inputs: tuple[Tensor, ...], batch_size: int) -> Iterator[tuple[Tensor, ...]]:
         check_count("batch_size", batch_size)
         device = self.device
-        inputs = [torch.as_tensor(value) for value in (x if isinstance(x, tuple) else (x,))]
-        if len(inputs[0]) == 0:
-            raise ValueError("x is empty.")
         for parts in zip(*(value.split(batch_size) for value in inputs), strict=True):
             yield tuple(part.to(device) for part in parts)
 
@@ -280,6 +305,11 @@ class Posterior:
     def device(self) -> torch.device:
         """Where the posterior's parameters are."""
         return next(self.guide.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the posterior's parameters."""
+        return next(self.guide.parameters()).dtype
 
     def to(self, device: str | torch.device) -> Posterior:
         """Move model and guide to a device, in place."""
@@ -350,19 +380,15 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _explained(x: Any, dtype: torch.dtype | None = None) -> Iterator[None]:
+def _explained(x: tuple[Tensor, ...], dtype: torch.dtype) -> Iterator[None]:
     """Say what ``x`` was where the network, of weights of this dtype, cannot take it."""
     try:
         yield
     except (torch.OutOfMemoryError, OutputError):
         raise
     except (RuntimeError, IndexError, TypeError) as error:
-        inputs = x if isinstance(x, tuple) else (x,)
-        shown = ", ".join(
-            f"shape {tuple(v.shape)}, dtype {v.dtype}" if hasattr(v, "shape") else type(v).__name__
-            for v in inputs
-        )
-        hint = dtype_hint(x, dtype) if dtype is not None else ""
+        shown = ", ".join(f"shape {tuple(v.shape)}, dtype {v.dtype}" for v in x)
+        hint = dtype_hint(x, dtype)
         raise ValueError(f"the network cannot take x of {shown}: {error}{hint}") from error
 
 

@@ -130,12 +130,13 @@ class BayesianNetwork(PyroModule):
             self.register_buffer(_start(number), weights[name].detach().clone(), persistent=False)
 
     def output(self, weights: dict[str, Tensor], inputs: tuple[Any, ...]) -> Tensor:
-        """The net's output for given weights, by site name.
+        """The net's output for given weights, by site name, shape ``(M, ...)``.
 
         Raises:
             OutputError: It is not one tensor.
+            ValueError: It is not one row for each of the ``M`` inputs.
         """
-        return _call(self.net, weights, inputs)
+        return check_rows(_call(self.net, weights, inputs), inputs[0])
 
     def layer_of(self, site: str) -> nn.Module:
         """The module that a site's weight belongs to."""
@@ -203,6 +204,21 @@ def _call(net: nn.Module, weights: dict[str, Tensor], inputs: tuple[Any, ...]) -
         raise OutputError(
             f"net must return one tensor, but returned a {type(output).__name__}.\n"
             "  Try a module around it that picks what the likelihood needs."
+        )
+    return output
+
+
+def check_rows(output: Tensor, x: Tensor) -> Tensor:
+    """``output``, if it has one row for each data point of ``x``.
+
+    Raises:
+        ValueError: It has not.
+    """
+    if output.dim() == 0 or len(output) != len(x):
+        raise ValueError(
+            f"the network's output must have one row for each of the {len(x)} data points of x, "
+            f"but has shape {tuple(output.shape)}, for x of shape {tuple(x.shape)}.\n"
+            "  Try x[None] if that is a single data point."
         )
     return output
 

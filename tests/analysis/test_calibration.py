@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy import stats
@@ -117,6 +118,29 @@ def test_nll_by_hand():
     assert negative_log_likelihood(P.astype(np.float32), Y) == pytest.approx(expected, rel=1e-6)
 
 
+def test_probabilities_of_any_classifier_are_scored():
+    p = torch.tensor([[0.8, 0.2], [0.3, 0.7]], dtype=torch.float64)
+    predictive = ClassificationPredictive(p.log(), torch.zeros(2), "weights", 1)
+    y = [0, 0]
+    expected = classification_scores(predictive, y)
+    found = classification_scores(p.numpy(), np.array(y))
+    assert found.nll == pytest.approx(expected.nll, rel=1e-12)
+    assert (found.accuracy, found.brier, found.ece) == (0.5, expected.brier, expected.ece)
+    with pytest.raises(TypeError, match="predictive must be a tensor or an array, but is a str"):
+        classification_scores("all", y)
+
+
+def test_columns_of_pandas_are_targets():
+    p = torch.tensor([[0.8, 0.2], [0.3, 0.7], [0.6, 0.4]])
+    y = pd.Series([0, 1, 1], index=[7, 3, 9])
+    assert brier_score(p, y) == brier_score(p, [0, 1, 1])
+    assert brier_score(pd.DataFrame(p.numpy()), y) == brier_score(p, y)
+    with pytest.raises(TypeError, match="y must hold numbers, but is of dtype"):
+        brier_score(p, pd.Series(["a", "b", "b"]))
+    with pytest.raises(TypeError, match="y must be numbers in a tensor or an array"):
+        brier_score(p, ["a", "b", "b"])
+
+
 def test_scores_of_a_classification():
     p, y = simulated(500)
     log_p = torch.as_tensor(p).log()
@@ -182,6 +206,24 @@ def test_a_wrong_width_shows(scale):
     assert scores.coverage[0] == pytest.approx(expected, abs=5 * 0.5 / math.sqrt(4000))
     assert scores.pit_distance > 0.08
     assert stats.kstest(predictive.cdf(y).numpy(), "uniform").pvalue < 1e-6
+
+
+def test_scores_of_a_regression_need_a_predictive_and_take_one_level():
+    ones = torch.ones(1, 4, 1, dtype=torch.float64)
+    predictive = RegressionPredictive(*ones.expand(3, 4, 1), ones, ones, "weights", 1)
+    y = torch.ones(4, 1)
+    assert regression_scores(predictive, y, 0.9).levels == (0.9,)
+    assert regression_scores(predictive, y, np.array([0.5])).coverage == (1.0,)
+    with pytest.raises(TypeError, match=r"predictive must be a RegressionPredictive.*is a Tensor"):
+        regression_scores(y, y)
+    with pytest.raises(ValueError, match="levels must lie between 0 and 1"):
+        regression_scores(predictive, y, [0.5, 1.0])
+
+
+def test_coverage_takes_arrays():
+    assert interval_coverage(np.zeros(2), np.ones(2), [0.5, 2.0]) == 0.5
+    with pytest.raises(TypeError, match="upper must be a tensor or an array"):
+        interval_coverage(np.zeros(2), None, [0.5, 2.0])
 
 
 def test_coverage_by_hand():

@@ -1,12 +1,15 @@
 import math
 
 import numpy as np
+import pyro
 import pytest
 import torch
 
+from bayes_svdo import LogUniform
 from bayes_svdo.analysis import draws as module
 from bayes_svdo.analysis.draws import DrawnData, SiteDraws
-from bayes_svdo.models import Categorical
+from bayes_svdo.inference import AdditiveNoiseGuide, Posterior
+from bayes_svdo.models import Categorical, Gaussian
 
 
 def test_survivors_are_drawn_and_put_in_their_places(posterior):
@@ -110,3 +113,61 @@ def test_half_precision_is_no_dtype_for_probabilities(posterior):
     drawn = {site.name: site.draw_into_memory(2) for site in sites}
     scores = data.predict(sites, drawn, 2, 10).log_likelihood
     assert np.isfinite(scores).all()
+
+
+@pytest.mark.parametrize("likelihood", [Gaussian(0.5), Categorical()], ids=type)
+@pytest.mark.parametrize("known", [0, 1, 2])
+def test_nothing_depends_on_how_inputs_are_batched(posterior, likelihood, known):
+    posterior.model.likelihood = likelihood
+    sites = SiteDraws.of(posterior, 3.0, surviving_only=True)
+    x = torch.randn(37, 16)
+    y = likelihood.distribution(posterior.output(x)).sample()
+    data = DrawnData.of(posterior, sites, x, y, "this")
+    drawn = {site.name: site.draw_into_memory(5) for site in sites[:known]}
+    state = torch.get_rng_state()
+    expected = data.predict(sites, drawn, 5, 1000)
+    after = torch.get_rng_state()
+    for batch_size in (36, 5, 1):
+        torch.set_rng_state(state)
+        found = data.predict(sites, drawn, 5, batch_size)
+        np.testing.assert_allclose(found.y, expected.y, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(found.log_likelihood, expected.log_likelihood, rtol=1e-4)
+        assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_targets_come_some_rows_at_a_time(data, monkeypatch):
+    sites, drawn_data = data
+    means = {site.name: site.loc.detach().expand(2, -1).numpy() for site in sites}
+    expected = drawn_data.predict(sites, means, 2, 10).log_likelihood
+    monkeypatch.setattr(module, "_CHUNK", 7)  # two rows of three logits
+    found = drawn_data.predict(sites, means, 2, 10)
+    np.testing.assert_allclose(found.log_likelihood, expected)
+
+
+def test_a_scalar_that_survives_has_no_places():
+    def model():
+        pyro.sample("a", LogUniform())
+        pyro.sample("b", LogUniform())
+
+    guide = AdditiveNoiseGuide(model)
+    guide()
+    for loc, value in zip(guide.location_parameters(), (1.0, 1e-6), strict=True):
+        loc.data.fill_(value)
+    kept, pruned = SiteDraws.of(Posterior(model, guide), 3.0, surviving_only=True)
+    assert (len(kept), kept.index) == (1, None)
+    assert kept.weight(kept.draw(1)[0]).shape == ()
+    assert len(pruned) == 0
+    assert pruned.weight(pruned.loc) == 0
+
+
+def test_messages_show_the_shape_of_all_outputs(posterior):
+    sites = SiteDraws.of(posterior, 3.0, surviving_only=True)
+    with pytest.raises(ValueError, match=r"shape \(5, 3\)"):
+        DrawnData.of(posterior, sites, torch.randn(5, 16), torch.zeros(5, 1).long(), "this")
+
+
+def test_outputs_of_fewer_rows_than_inputs_are_refused(posterior):
+    sites = SiteDraws.of(posterior, 3.0, surviving_only=True)
+    posterior.model.net.register_forward_hook(lambda net, x, output: output.mean(0, keepdim=True))
+    with pytest.raises(ValueError, match="must have one row for each of the 2 data points"):
+        DrawnData.of(posterior, sites, torch.randn(5, 16), None, "this")

@@ -11,7 +11,13 @@ import torch
 from scipy import integrate, stats
 from torch import Tensor, nn
 
-from bayes_svdo.analysis.moments import Moments, linear, output_moments, rectified_gaussian
+from bayes_svdo.analysis.moments import (
+    Moments,
+    draws_by_moments,
+    linear,
+    output_moments,
+    rectified_gaussian,
+)
 from bayes_svdo.inference import AdditiveNoiseGuide, Posterior
 from bayes_svdo.models import BayesianNetwork, Gaussian
 
@@ -231,10 +237,51 @@ def test_a_weight_that_is_used_twice_is_named():
 
 
 def test_x_that_does_not_fit_is_explained():
-    with pytest.raises(ValueError, match=r'x of shape \(4, 5\): its layer "0" needs 3 inputs'):
+    with pytest.raises(ValueError, match=r'layer "0" needs 3 inputs, but gets 5'):
         output_moments(posterior_of(mlp(3, 4, 2)), inputs(4, 5))
 
 
 def test_hand_written_models_are_refused(hand_written):
     with pytest.raises(TypeError, match="moment propagation needs a BayesianNetwork"):
         output_moments(hand_written, inputs(4, 3))
+
+
+@pytest.mark.parametrize("sizes", [(3, 4), (3, 6, 4)])
+def test_draws_have_the_covariance_of_the_outputs(sizes):
+    posterior = posterior_of(mlp(*sizes))
+    with torch.no_grad():  # outputs that depend on little but what they share
+        for loc in posterior.guide.location_parameters():
+            loc.mul_(3)
+        list(posterior.guide.sigma_parameters())[-1].sub_(2)
+    x = inputs(1, 3)
+    drawn = torch.stack(list(draws_by_moments(posterior, x, 20_000)))[:, 0]
+    by_hand = outputs_by_hand(posterior, x, 20_000)
+    mean, variance = output_moments(posterior, x)
+    error = 5 * (variance[0] / len(drawn)).sqrt()
+    assert ((drawn.mean(0) - mean[0]).abs() < error).all()
+    scale = variance[0].sqrt()
+    expected, found = (value.T.cov() / scale[:, None] / scale for value in (by_hand, drawn))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.06)
+    if len(sizes) == 3:
+        assert (expected - expected.diagonal().diag()).abs().max() > 0.3  # there is something
+
+
+def test_positions_are_taken_one_by_one_and_not_flattened():
+    posterior = posterior_of(nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2)))
+    x = inputs(4, 8, 3)
+    of_sequence = output_moments(posterior, x)
+    alone = output_moments(posterior, x[:, 5])
+    torch.testing.assert_close(of_sequence.variance[:, 5], alone.variance)
+    net = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Flatten(), nn.Linear(48, 1))
+    with pytest.raises(ValueError, match=r"Flatten puts side by side .* 8 positions"):
+        output_moments(posterior_of(net), x)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(24, 6), nn.ReLU(), nn.Flatten(), nn.Linear(6, 1))
+    assert output_moments(posterior_of(net), x).mean.shape == (4, 1)
+
+
+def test_arrays_of_the_weights_dtype_are_taken():
+    posterior = posterior_of(mlp(3, 5, 2))
+    x = inputs(4, 3)
+    torch.testing.assert_close(output_moments(posterior, x.numpy()), output_moments(posterior, x))
+    with pytest.raises(ValueError, match=r"x of dtype torch\.float64.*\n.*dtype=torch\.float32"):
+        output_moments(posterior, x.double())

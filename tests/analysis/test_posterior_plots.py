@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pyro
 import pytest
 import torch
 from matplotlib.colors import to_hex
 from torch import nn
 
+from bayes_svdo import LogUniform
 from bayes_svdo.analysis import plot_marginals, plot_relevance, plot_weight_uncertainty
 from bayes_svdo.analysis.figures import BLUE, GREY
 from bayes_svdo.inference import AdditiveNoiseGuide, Posterior
@@ -107,6 +109,9 @@ def test_inputs_have_the_names_that_are_given(linear):
 def test_marginals_name_what_is_wrong(linear, posterior):
     with pytest.raises(ValueError, match=r"no weight survives.*\n  Try threshold=math.inf"):
         plot_marginals(linear, threshold=-20.0)
+    linear.guide.prune_(-20.0)
+    with pytest.raises(ValueError, match="all weights were pruned while training, no threshold on"):
+        plot_marginals(linear, threshold=math.inf)
     with pytest.raises(ValueError, match=r'unknown site "fc3.weight"'):
         plot_marginals(posterior, "fc3.weight")
     with pytest.raises(ValueError, match="count must be an integer of at least 1"):
@@ -193,6 +198,23 @@ def test_a_hand_written_model_has_rows_for_its_last_dimension(hand_written):
     assert sorted(row_labels(ax)) == [f"dim 1 {index}" for index in range(4)]
 
 
+def test_a_scalar_is_a_row_of_one_weight(render):
+    def model():
+        pyro.sample("net/w", LogUniform())
+
+    guide = AdditiveNoiseGuide(model)
+    guide()
+    guide.location_parameters()[0].data.fill_(2.0)
+    guide.sigma_parameters()[0].data.fill_(0.0)
+    scalar = Posterior(model, guide)
+    ax = plot_relevance(scalar, "net/w")
+    assert [text.get_text() for text in ax.texts] == ["2.0"]
+    assert row_labels(ax) == ["weight 0"]
+    assert row_labels(plot_relevance(scalar, "net/w", input_names=["age"])) == ["age"]
+    assert row_labels(plot_relevance(scalar)) == row_labels(plot_marginals(scalar)) == ["net/w"]
+    render(plot_weight_uncertainty(scalar))
+
+
 def test_relevances_name_what_is_wrong(posterior):
     with pytest.raises(ValueError, match="input_names goes with a site"):
         plot_relevance(posterior, input_names=["a"])
@@ -204,12 +226,16 @@ def test_relevances_name_what_is_wrong(posterior):
         plot_relevance(nn.Linear(1, 1))
 
 
-def test_both_draw_where_they_are_told(posterior):
+def test_both_draw_where_they_are_told(posterior, render):
     from matplotlib.figure import Figure
 
     for plot in (plot_marginals, plot_relevance):
-        ax = Figure().subplots()
-        assert plot(posterior, ax=ax) is ax
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        assert plot(posterior, ax=left) is left
+        render(figure)
+        edge = max(text.get_window_extent().x1 for text in left.texts)
+        assert edge < right.get_tightbbox().x0  # as the docstring says
 
 
 # Images.

@@ -185,6 +185,29 @@ def test_quantiles_invert_the_cdf(parts, q):
     assert float(result.cdf(y + slack)) >= q - 1e-12
 
 
+def test_probabilities_may_be_numbers_of_numpy_and_torch():
+    predictive = some_mixture()
+    median = predictive.quantile(0.5)
+    for q in (np.float32(0.5), torch.tensor(0.5)):
+        assert torch.equal(predictive.quantile(q), median)
+    both = predictive.quantile(np.array([0.25, 0.5]))
+    assert both.shape == (2, *median.shape)
+    assert torch.equal(both[1], median)
+
+
+def test_joint_densities_are_those_of_all_targets_of_a_data_point():
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(6, 3, 2, generator=generator).double()
+    scales = 0.5 + torch.rand(6, 3, 2, generator=generator).double()
+    y = torch.randn(3, 2, generator=generator).double()
+    for s in (scales, scales[:1, :1]):
+        components = stats.norm(means.numpy(), s.numpy()).pdf(y.numpy()).prod(-1)
+        joint = mixture(means, s).log_density(y, joint=True)
+        np.testing.assert_allclose(joint, np.log(components.mean(0)), rtol=1e-12)
+    one = some_mixture()
+    assert torch.allclose(one.log_density(one.mean, joint=True), one.log_density(one.mean))
+
+
 def test_intervals_hold_their_probability():
     result = some_mixture()
     lower, upper = result.interval(0.8)

@@ -1,10 +1,12 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from bayes_svdo import LogUniform
 from bayes_svdo.analysis.psis import _khat, psis_khat
@@ -96,8 +98,29 @@ def test_too_few_draws_are_refused():
 
 def test_targets_are_needed():
     posterior, x, _ = conjugate()
-    with pytest.raises(ValueError, match="y must hold the targets"):
-        psis_khat(posterior, x, None, prior=PRIOR)
+    for wrong in (None, "abc", DataLoader([1.0])):
+        name = type(wrong).__name__
+        with pytest.raises(TypeError, match=f"y must be a tensor or an array.* is .*{name[:4]}"):
+            psis_khat(posterior, x, wrong, prior=PRIOR)
+        with pytest.raises(TypeError, match=f"x must be a tensor or an array, but is a {name}"):
+            psis_khat(posterior, wrong, torch.zeros(NUM_DATA, 1), prior=PRIOR)
+
+
+def test_targets_of_another_shape_are_shown_beside_all_outputs():
+    posterior, x, y = conjugate()
+    with pytest.raises(ValueError, match=r"shape \(64, 1\), but has shape \(64,\)"):
+        psis_khat(posterior, x, y[:, 0], prior=PRIOR)
+
+
+def test_tables_are_data():
+    posterior, x, y = conjugate(0.6)
+    table, column = (
+        pd.DataFrame(x.numpy()),
+        pd.DataFrame({"y": y[:, 0].numpy()}, index=range(5, 69)),
+    )
+    expected = psis_khat(posterior, x, y, 100, prior=PRIOR, seed=0)
+    found = psis_khat(posterior, table, column, 100, prior=PRIOR, seed=0)
+    assert found == pytest.approx(expected, abs=1e-3)
 
 
 def test_point_masses_have_no_density():

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy import stats
+from torch.utils.data import DataLoader
 
 from bayes_svdo.analysis import ood_auroc, risk_coverage
 
@@ -70,7 +72,7 @@ def test_auroc_of_gaussians():
     ("ask", "words"),
     [
         (lambda: risk_coverage([1.0, 2.0], [1.0]), "of one length, but have 2 and 1"),
-        (lambda: risk_coverage([[1.0]], [1.0]), r"uncertainty must have shape \(N,\)"),
+        (lambda: risk_coverage([[1.0, 2.0]], [1.0]), r"uncertainty must have .* has \(1, 2\)"),
         (lambda: risk_coverage([1.0], [math.nan]), "loss holds NaN or inf"),
         (lambda: risk_coverage([1.0], [1.0]).at(0), r"coverage must lie in \(0, 1\], but is 0"),
         (lambda: ood_auroc([], [1.0]), "inside must have shape"),
@@ -80,3 +82,25 @@ def test_auroc_of_gaussians():
 def test_bad_input_is_named(ask, words):
     with pytest.raises(ValueError, match=words):
         ask()
+
+
+def test_a_column_is_a_vector():
+    u, loss = np.array([0.3, 0.1, 0.2]), np.array([1.0, 0.0, 0.5])
+    column = risk_coverage(u[:, None], torch.as_tensor(loss)[:, None, None])
+    np.testing.assert_array_equal(column.risk, risk_coverage(u, loss).risk)
+    assert ood_auroc(u[:, None], loss[:, None]) == ood_auroc(u, loss)
+
+
+def test_columns_of_pandas_go_by_place():
+    u, loss = [0.3, 0.1, 0.2], [1.0, 0.0, 0.5]
+    series = pd.Series(u, index=[2, 0, 7])
+    np.testing.assert_array_equal(risk_coverage(series, loss).risk, risk_coverage(u, loss).risk)
+    assert ood_auroc(series, pd.DataFrame({"loss": loss})) == ood_auroc(u, loss)
+
+
+@pytest.mark.parametrize("wrong", [None, "abc", DataLoader([1.0])], ids=type)
+def test_what_holds_no_numbers_is_refused_by_name(wrong):
+    with pytest.raises(TypeError, match=f"uncertainty must be .* is a {type(wrong).__name__}"):
+        risk_coverage(wrong, [1.0])
+    with pytest.raises(TypeError, match=f"outside must be .* is a {type(wrong).__name__}"):
+        ood_auroc([1.0], wrong)

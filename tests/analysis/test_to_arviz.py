@@ -3,11 +3,14 @@ import warnings
 from importlib.metadata import version
 
 import numpy as np
+import pandas as pd
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 import xarray as xr
 from torch import nn
+from torch.utils.data import DataLoader
 
 from bayes_svdo import LogUniform
 from bayes_svdo.analysis.to_arviz import import_arviz
@@ -79,7 +82,8 @@ def test_the_groups_are_those_of_the_schema(regression):
     ]
     assert data.posterior.sizes["chain"] == 1
     assert data.posterior.sizes["draw"] == DRAWS
-    assert data.posterior_predictive["y"].dims == ("chain", "draw", "data", "y_dim_1")
+    assert data.posterior_predictive["y"].dims == ("chain", "draw", "data")
+    assert data.observed_data["y"].dims == ("data",)
     assert data.log_likelihood["y"].dims == ("chain", "draw", "data")
     assert set(data.posterior.data_vars) == {"fc1.weight", "fc2.weight"}  # no biases
     assert data.posterior["fc1.weight"].dtype == np.float32
@@ -124,7 +128,7 @@ def test_one_set_of_draws_serves_all_groups(regression, batch_size):
         expected = dist.Normal(mean, 0.5).log_prob(y).sum(-1)
         found = data.log_likelihood["y"].values[0, index]
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-        residuals.append(data.posterior_predictive["y"].values[0, index] - mean.numpy())
+        residuals.append(data.posterior_predictive["y"].values[0, index] - mean[:, 0].numpy())
     # Noise of standard deviation 0.5 around the same means; 5 standard errors.
     assert abs(np.std(residuals) / 0.5 - 1) < 5 / math.sqrt(2 * 30 * N)
 
@@ -204,6 +208,16 @@ def test_sites_can_be_chosen(regression):
     assert list(swapped.posterior.data_vars) == ["fc1.weight", "fc2.weight"]
 
 
+@pytest.mark.parametrize("sites", [None, "fc1.weight"])
+def test_batches_change_nothing(regression, sites):
+    posterior, x, y = regression
+    first, second = (
+        posterior.to_arviz(x, y, 9, sites=sites, seed=0, batch_size=size) for size in (1000, 7)
+    )
+    for group in ("log_likelihood", "posterior_predictive"):
+        np.testing.assert_allclose(first[group]["y"], second[group]["y"], rtol=1e-4, atol=1e-4)
+
+
 def test_a_site_without_weights_is_left_out(regression):
     posterior, x, _ = regression
     posterior.guide.location_parameters()[0].data.fill_(1e-6)
@@ -211,6 +225,11 @@ def test_a_site_without_weights_is_left_out(regression):
     assert list(data.posterior.data_vars) == ["fc2.weight"]
     assert data.attrs["sites_without_weights"] == "fc1.weight"
     with pytest.raises(ValueError, match=r"no weight of fc1\.weight is left at threshold 3"):
+        posterior.to_arviz(sites=["fc1.weight"])
+    posterior.guide.prune_(3.0)
+    with pytest.raises(
+        ValueError, match=r"fc1\.weight is left at any threshold: .*\n.*only=False,"
+    ):
         posterior.to_arviz(sites=["fc1.weight"])
 
 
@@ -237,6 +256,20 @@ def test_coordinates_are_the_users_own(regression):
     assert full.posterior["fc1.weight_input"].values.tolist() == names
 
 
+def test_coordinates_of_what_is_left_out_are_not_used(regression):
+    posterior, x, y = regression
+    coords = {"fc1.weight_input": list("abcdef"), "fc2.weight_input": list("klmn")}
+    coords["y_dim_1"] = ["medv"]
+    one = posterior.to_arviz(x, y, 4, sites="fc2.weight", coords=coords)
+    assert set(one.constant_data["fc2.weight_input"].values) <= set("klmn")
+    assert "fc1.weight_input" not in one.constant_data.coords
+    posterior.guide.location_parameters()[0].data.fill_(1e-6)
+    pruned = posterior.to_arviz(x, y, 4, coords=coords)
+    assert list(pruned.posterior.data_vars) == ["fc2.weight"]
+    with pytest.raises(ValueError, match=r'Did you mean "fc1\.weight_input"'):
+        posterior.to_arviz(draws=4, coords={"fc1.weight_inputs": [1]})
+
+
 def test_targets_of_several_dimensions_count_as_one_point():
     posterior, x, y = make(Gaussian(0.5), (6, 4, 2))
     data = posterior.to_arviz(x.double().float().numpy(), y.double().numpy(), 3)
@@ -256,6 +289,77 @@ def test_hand_written_models_give_their_weights(hand_written):
     assert data.posterior["w"].dims == ("chain", "draw", "w_dim_0", "w_dim_1")
     with pytest.raises(TypeError, match="to_arviz needs a BayesianNetwork"):
         hand_written.to_arviz(torch.zeros(2, 4))
+
+
+def written_by_hand(*names, shape=()):
+    def model(x=None):
+        for name in names:
+            pyro.sample(name, LogUniform().expand(shape).to_event(len(shape)))
+
+    guide = AdditiveNoiseGuide(model)
+    guide()
+    for index, loc in enumerate(guide.location_parameters()):
+        loc.data.fill_(1.0 if index == 0 else 1e-9)
+    return Posterior(model, guide)
+
+
+@pytest.mark.parametrize("surviving_only", [True, False])
+def test_scalars_have_no_dimension(surviving_only, tmp_path):
+    posterior = written_by_hand("w", "v")
+    data = posterior.to_arviz(draws=6, surviving_only=surviving_only)
+    assert data.posterior["w"].dims == ("chain", "draw")
+    assert list(data.posterior.data_vars) == (["w"] if surviving_only else ["w", "v"])
+    assert data.constant_data["w.kept"].shape == ()
+    assert "w" in az.summary(data, kind="stats").index
+    data.to_netcdf(tmp_path / "posterior.nc", engine="h5netcdf")
+    _assert_same(az.from_netcdf(tmp_path / "posterior.nc", engine="h5netcdf"), data)
+
+
+def test_slashes_become_dots(tmp_path):
+    posterior = written_by_hand("net/w", shape=(3,))
+    data = posterior.to_arviz(draws=6, coords={"net.w_dim_0": list("abc")}, sites="net/w")
+    assert data.posterior["net.w"].dims == ("chain", "draw", "net.w_weight")
+    assert data.posterior["net.w_weight"].values.tolist() == list("abc")
+    data.to_netcdf(tmp_path / "posterior.nc", engine="h5netcdf")
+    _assert_same(az.from_netcdf(tmp_path / "posterior.nc", engine="h5netcdf"), data)
+    with pytest.raises(
+        ValueError, match=r'"net/w" and "net.w" would both be "net.w".*\n  Try anoth'
+    ):
+        written_by_hand("net/w", "net.w").to_arviz()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_data_of_half_precision_are_in_float32(regression, dtype, tmp_path):
+    posterior, x, y = regression
+    posterior.model.net.to(dtype)
+    posterior.guide.to(dtype)
+    data = posterior.to_arviz(x.to(dtype), y.to(dtype), 4)
+    assert data.constant_data["x"].dtype == data.observed_data["y"].dtype == np.float32
+    np.testing.assert_array_equal(data.constant_data["x"], x.to(dtype).float())
+    np.testing.assert_array_equal(data.observed_data["y"], y[:, 0].to(dtype).float())
+    data.to_netcdf(tmp_path / "posterior.nc", engine="h5netcdf")
+
+
+def test_tables_are_data(regression):
+    posterior, x, y = regression
+    table = pd.DataFrame(x.numpy(), index=range(N, 0, -1))
+    column = pd.DataFrame({"y": y[:, 0].numpy()})
+    found, expected = (
+        posterior.to_arviz(table, column, 3, seed=0),
+        posterior.to_arviz(x, y, 3, seed=0),
+    )
+    np.testing.assert_allclose(found.log_likelihood["y"], expected.log_likelihood["y"], rtol=1e-5)
+    np.testing.assert_array_equal(found.constant_data["x"], x)
+
+
+@pytest.mark.parametrize("wrong", ["abc", DataLoader([1.0])], ids=type)
+def test_what_holds_no_numbers_is_refused_by_name(regression, wrong):
+    posterior, x, y = regression
+    words = f"must be a tensor or an array, but is a {type(wrong).__name__}"
+    with pytest.raises(TypeError, match=f"^x {words}"):
+        posterior.to_arviz(wrong, y)
+    with pytest.raises(TypeError, match=f"^y {words}"):
+        posterior.to_arviz(x, wrong)
 
 
 class Embedded(nn.Module):
@@ -319,6 +423,19 @@ def test_loo_and_posterior_predictive_checks(likelihood):
     assert lppd.sum() - 20 < elpd < lppd.sum()
     assert np.asarray(loo.pareto_k).shape == (N,)
     (az.plot_ppc_dist if NEW else az.plot_ppc)(data)
+
+
+@quiet
+@pytest.mark.parametrize("flat", [False, True])
+def test_loo_pit_takes_columns(flat):
+    posterior, x, y = make(Gaussian(0.5), (6, 1))
+    if flat:
+        posterior.model.net.append(nn.Flatten(0))
+    data = posterior.to_arviz(x, y[:, 0] if flat else y, 300, seed=0)
+    pit = np.asarray(az.loo_pit(data)["y"] if NEW else az.loo_pit(data, y="y"))
+    assert pit.shape == (N,)
+    assert (pit.min(), pit.max()) != (0.0, 1.0)
+    assert ((pit >= 0) & (pit <= 1)).all()
 
 
 @quiet
@@ -420,7 +537,7 @@ def test_data_that_do_not_fit_are_refused(regression, classifier):
     posterior, x, y = regression
     with pytest.raises(ValueError, match="x has 40 data points, but y has 39"):
         posterior.to_arviz(x, y[1:])
-    with pytest.raises(ValueError, match=r"y must have shape \(N, 1\)"):
+    with pytest.raises(ValueError, match=r"y must have shape \(N, 1\) .* shape \(40, 1\), but has"):
         posterior.to_arviz(x, y[:, 0])
     with pytest.raises(ValueError, match="the network cannot take x"):
         posterior.to_arviz(x[:, :2])

@@ -6,6 +6,7 @@ import math
 from copy import deepcopy
 
 import numpy as np
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -242,6 +243,42 @@ def test_weights_are_shared_by_all_rows_and_local_draws_are_not():
     local = predictive(posterior, x, 4, "local", batch_size=20).component_means
     assert shared.std(1).max() < 1e-6
     assert local.std(1).min() > 0.1
+
+
+@pytest.mark.parametrize("x", [torch.randn(N, 3), torch.randn(4)], ids=["features", "one point"])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_error_leaves_everything_as_it_was(method, x):
+    """Also while the traceback is kept, as notebooks do."""
+    posterior = posterior_of(one_hidden(3), Categorical())
+    posterior.model.train()
+    pyro.param("mine", torch.zeros(1))
+    with pytest.raises(ValueError, match="x"):
+        predictive(posterior, x, 5, method)
+    assert posterior.model.net[0].training
+    assert list(pyro.get_param_store()) == ["mine"]
+
+
+def test_draws_that_have_no_room_are_refused_by_name():
+    posterior = posterior_of(one_hidden(1), Gaussian())
+    with pytest.raises(MemoryError, match=r"num_samples=10{13} draws for 7 data points take"):
+        predictive(posterior, inputs(N, 4), 10**13)
+
+
+def test_moments_know_what_logits_share():
+    """All logits go up and down with the one hidden unit, which no class notices."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 1), nn.ReLU(), nn.Linear(1, 3))
+    posterior = posterior_of(net, Categorical(), -2.0)
+    with torch.no_grad():
+        posterior.guide.loc.get_parameter("2.weight").fill_(3.0)
+        posterior.guide.log_sigma2.get_parameter("2.weight").fill_(-20.0)
+    x = inputs(N, 4)
+    found = {m: predictive(posterior, x, 2000, m, seed=0) for m in ("weights", "moments")}
+    assert found["weights"].mutual_information.max() < 1e-3
+    assert found["moments"].mutual_information.max() < 1e-3
+    torch.testing.assert_close(
+        found["moments"].entropy, found["weights"].entropy, rtol=0, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -117,12 +119,22 @@ def test_inputs_may_come_in_any_order_and_data_are_points():
     assert ax.get_xlim() == (0.0, N - 1)
 
 
+def test_data_beyond_the_grid_are_in_view():
+    x, y = [-3.0, 2.0, 40.0], [9.0, 0.0, -9.0]
+    ax = plot_predictive_bands(make_regression(), torch.arange(N), [x, y])
+    low, high = ax.get_ylim()
+    assert ax.get_xlim() == (-3.0, 40.0)
+    assert low < -9 < 9 < high
+
+
 def test_bands_name_what_is_wrong(classes):
     predictive = make_regression()
     with pytest.raises(TypeError, match=r"predictive must be a RegressionPredictive, but is a Cl"):
         plot_predictive_bands(classes[0], torch.arange(6))
-    with pytest.raises(TypeError, match=r"data must be a pair \(x, y\), but is a list"):
-        plot_predictive_bands(predictive, torch.arange(N), [1, 2])
+    with pytest.raises(TypeError, match=r"data must be a pair \(x, y\), but is a dict"):
+        plot_predictive_bands(predictive, torch.arange(N), {"x": [1.0], "y": [2.0]})
+    with pytest.raises(TypeError, match=r"data\[1\] must be a tensor or an array, but is a str"):
+        plot_predictive_bands(predictive, torch.arange(N), ([1.0], "a"))
     with pytest.raises(ValueError, match=r"x must hold the 12 inputs of predictive.*holds 3"):
         plot_predictive_bands(predictive, torch.arange(3))
     with pytest.raises(ValueError, match=r"x must have shape \(N,\) or \(N, 1\), but has \(12, 2"):
@@ -195,6 +207,58 @@ def test_colour_images_and_images_without_channel_are_drawn(classes):
     assert len(plot_uncertain_images(predictive, images[:, 0]).images) == 6
 
 
+FASHION = ("T-shirt/top", "ankle boot", "sneaker, a long name of a class of many words")
+
+
+@pytest.mark.parametrize("names", [None, ("sneaker", "pullover", "ankle boot"), FASHION], ids=str)
+@pytest.mark.parametrize("width", [None, 5.0])
+@pytest.mark.parametrize("dpi", [90, 150])
+def test_long_names_do_not_overlap(classes, names, width, dpi):
+    predictive, images = classes
+    many = ClassificationPredictive(
+        predictive.log_probabilities.repeat(3, 1), torch.zeros(18), "weights", 10
+    )
+    given = None if width is None else Figure((width, 6.0), layout="constrained").subplots()
+    truth = torch.tensor([0, 1, 2] * 6)
+    ax = plot_uncertain_images(
+        many, images.repeat(3, 1, 1, 1), truth, count=18, class_names=names, ax=given
+    )
+    figure = ax.figure
+    figure.savefig(io.BytesIO(), dpi=dpi)
+    figure.set_dpi(dpi)
+    title = ax._left_title
+    boxes = [artist.get_window_extent() for artist in (*ax.texts, *ax.images, title)]
+    for index, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[index + 1 :])
+        assert index == len(boxes) - 1 or figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
+
+
+def test_long_names_stand_below_each_other(classes):
+    predictive, images = classes
+    names = ("sneaker", "pullover", "ankle boot")
+    ax = plot_uncertain_images(predictive, images, torch.ones(6).long(), class_names=names)
+    for text in captions(ax):
+        name, *second, nats = text.split("\n")
+        assert (name, second) in ((f"{names[0]},", [f"is {names[1]}"]), (names[1], []))
+        assert nats.endswith(" nats")
+
+
+def test_a_net_of_one_output_has_images_of_two_classes(classes):
+    _, images = classes
+    p = torch.linspace(0.1, 0.9, 6).double()[:, None]
+    predictive = ClassificationPredictive(
+        torch.stack([1 - p, p], -1).log(), torch.zeros(6, 1), "weights", 10
+    )
+    flat = ClassificationPredictive(
+        predictive.log_probabilities[:, 0], torch.zeros(6), "weights", 10
+    )
+    y = torch.tensor([0.0, 1, 0, 1, 0, 1])
+    for by in ("entropy", "mutual_information"):
+        ax = plot_uncertain_images(predictive, images, y[:, None], by=by)
+        assert captions(ax) == captions(plot_uncertain_images(flat, images, y, by=by))
+
+
 def test_images_and_captions_do_not_overlap(classes):
     predictive, images = classes
     twice = ClassificationPredictive(
@@ -257,12 +321,13 @@ def test_points_are_the_bins_and_bars_their_intervals():
     assert labels(ax) == [f"ECE {100 * bins.ece:.1f} %, 2 bins of 10 to 40"]
 
 
-def test_the_legend_is_below_the_label_of_the_axis_whatever_the_size():
+def test_the_legend_is_below_the_label_of_the_axis():
     bins = Reliability(np.array([0.6]), np.array([0.5]), np.array([10]))
-    for size in (2.5, 8.0):
-        ax = plot_reliability(bins, ax=Figure(figsize=(size, size)).subplots())
-        ax.figure.canvas.draw()
-        assert not ax.get_legend().get_window_extent().overlaps(ax.xaxis.label.get_window_extent())
+    ax = plot_reliability(bins)
+    ax.figure.savefig(io.BytesIO())
+    legend = ax.get_legend().get_window_extent()
+    assert legend.y1 < ax.xaxis.label.get_window_extent().y0
+    assert legend.y0 > ax.figure.bbox.y0
 
 
 def test_both_axes_have_one_scale_with_all_that_is_drawn():
@@ -330,6 +395,22 @@ def test_risk_names_what_is_wrong():
         plot_risk_coverage({})
     with pytest.raises(TypeError, match=r"curves must be a RiskCoverage, or a mapping.*is a int"):
         plot_risk_coverage({"a": 3})
+
+
+@pytest.mark.parametrize("layout", [None, "constrained"])
+def test_legends_are_inside_of_axes_that_may_have_neighbours(layout):
+    figure = Figure(figsize=(12, 4), layout=layout)
+    axes = figure.subplots(1, 3)
+    curve = risk_coverage([1, 2, 3], [0, 1, 2])
+    bins = Reliability(np.array([0.6, 0.9]), np.array([0.5, 0.95]), np.array([10, 40]))
+    plot_predictive_bands(make_regression(), torch.arange(N), ax=axes[0])
+    plot_reliability({"a net": bins, "another": bins}, ax=axes[1])
+    plot_risk_coverage({"a net": curve, "another": curve}, ax=axes[2])
+    figure.savefig(io.BytesIO())
+    for ax in axes:
+        legend, inside = ax.get_legend().get_window_extent(), ax.get_window_extent()
+        assert inside.x0 <= legend.x0 < legend.x1 <= inside.x1
+        assert inside.y0 <= legend.y0 < legend.y1 <= inside.y1
 
 
 def test_all_draw_where_they_are_told(classes):

@@ -123,8 +123,26 @@ def test_dense_networks_are_called_once_for_many_draws() -> None:
     calls = []
     net = dense((5, 7, 3))
     net.register_forward_hook(lambda *args: calls.append(1))
-    posterior_of(net, -3.0, Categorical()).predict(torch.randn(20, 5), draws._MOST_DRAWS)
+    posterior = posterior_of(net, -3.0, Categorical())
+    posterior.predict(torch.randn(10, 5), draws._MOST_DRAWS)
     assert len(calls) == 1
+
+
+def test_a_batch_is_of_all_draws_together() -> None:
+    sizes = []
+
+    class Seen(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            output = super().forward(x)
+            inner = output
+            while torch._C._functorch.is_batchedtensor(inner):
+                inner = torch._C._functorch.get_unwrapped(inner)
+            sizes.append(inner.numel())
+            return output
+
+    posterior_of(Seen(5, 1), -3.0).predict(torch.randn(20, 5), 30, batch_size=60)
+    assert sum(sizes) == 20 * 30
+    assert max(sizes) == 60
 
 
 class Largest(TorchDispatchMode):
@@ -139,15 +157,51 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_memory_does_not_grow_with_draws_or_data(monkeypatch: Any) -> None:
+def test_memory_does_not_grow_with_draws_or_data() -> None:
     """Beyond the result itself: one output, many hidden units."""
-    monkeypatch.setattr(draws, "_MOST_ROWS", 2**8)
     posterior = posterior_of(dense((5, 100, 1)), -3.0)
     with Largest() as few:
         posterior.predict(torch.randn(100, 5), 64, batch_size=100)
     with Largest() as many:
         posterior.predict(torch.randn(150, 5), 128, batch_size=100)
     assert many.numel == few.numel <= draws._MOST_DRAWS * 5 * 100  # the weights themselves
+
+
+class Averaging(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).mean(0, keepdim=True)
+
+
+@pytest.mark.parametrize("num_samples", [None, 1, 5])
+def test_an_output_without_a_row_for_each_input_is_refused(num_samples: int | None) -> None:
+    """A single data point without its batch dimension would come out once for each feature."""
+    with pytest.raises(ValueError, match=r"one row for each of the 4 data points.*\n.*x\[None\]"):
+        posterior_of(nn.Linear(4, 1)).predict(torch.randn(4), num_samples)
+    with pytest.raises(ValueError, match=r"each of the 3 data points of x, but has shape \(1, 2\)"):
+        posterior_of(Averaging(4, 2)).predict(torch.randn(3, 4), num_samples)
+
+
+def test_draws_are_pruned_where_that_is_asked_for() -> None:
+    torch.manual_seed(0)
+    posterior = posterior_of(nn.Linear(4, 1))  # log sigma2 = 0: nearly all noise
+    x = torch.randn(3, 4)
+    assert posterior.predict(x, 50).std(0).min() > 0.1
+    pruned = posterior.predict(x, 50, threshold=-100.0)
+    assert torch.equal(pruned, posterior.predict(x, threshold=-100.0).expand(50, 3, 1))
+    assert posterior.predict(x, 50).std(0).min() > 0.1
+    with pytest.raises((TypeError, ValueError), match="threshold"):
+        posterior.predict(x, 2, threshold="abc")  # type: ignore[arg-type]
+
+
+def test_a_seed_makes_draws_repeatable_and_leaves_the_generator_alone() -> None:
+    posterior = posterior_of(nn.Linear(4, 1))
+    x = torch.randn(3, 4)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = posterior.predict(x, 5, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(posterior.predict(x, 5, seed=1), first)
+    assert not torch.equal(posterior.predict(x, 5, seed=2), first)
 
 
 def test_a_network_that_takes_no_such_input_says_so() -> None:
