@@ -18,6 +18,12 @@ from bayes_svdo.analysis.calibration import (
     reliability,
 )
 from bayes_svdo.analysis.moments import Moments, output_moments
+from bayes_svdo.analysis.nuts import NutsPosterior, NutsWarning, nuts_posterior
+from bayes_svdo.analysis.nuts_comparison import (
+    MarginalComparison,
+    NutsComparison,
+    compare_with_nuts,
+)
 from bayes_svdo.analysis.plots import plot_log_alpha, plot_training
 from bayes_svdo.analysis.posterior_plots import (
     plot_marginals,
@@ -26,6 +32,12 @@ from bayes_svdo.analysis.posterior_plots import (
 )
 from bayes_svdo.analysis.predictives import ClassificationPredictive, RegressionPredictive
 from bayes_svdo.analysis.psis import psis_khat
+from bayes_svdo.analysis.reference_plots import (
+    plot_nuts_marginal,
+    plot_nuts_marginals,
+    plot_sbc_ranks,
+)
+from bayes_svdo.analysis.sbc import SimulatedCalibration, simulation_based_calibration
 from bayes_svdo.analysis.selective import RiskCoverage, ood_auroc, risk_coverage
 from bayes_svdo.analysis.snapshots import Snapshot, Snapshots
 from bayes_svdo.analysis.sparsity import LayerSparsity, SparsityTable, sparsity_table
@@ -43,29 +55,39 @@ __all__ = [
     "ClassificationPredictive",
     "ClassificationScores",
     "LayerSparsity",
+    "MarginalComparison",
     "Moments",
+    "NutsComparison",
+    "NutsPosterior",
+    "NutsWarning",
     "RegressionPredictive",
     "RegressionScores",
     "Reliability",
     "RiskCoverage",
+    "SimulatedCalibration",
     "Snapshot",
     "Snapshots",
     "SparsityTable",
     "animate_sparsification",
     "brier_score",
     "classification_scores",
+    "compare_with_nuts",
     "expected_calibration_error",
     "interval_coverage",
     "negative_log_likelihood",
+    "nuts_posterior",
     "ood_auroc",
     "output_moments",
     "pit_distance",
     "plot_log_alpha",
     "plot_marginals",
+    "plot_nuts_marginal",
+    "plot_nuts_marginals",
     "plot_predictive_bands",
     "plot_relevance",
     "plot_reliability",
     "plot_risk_coverage",
+    "plot_sbc_ranks",
     "plot_training",
     "plot_uncertain_images",
     "plot_weight_uncertainty",
@@ -76,6 +98,7 @@ __all__ = [
     "regression_scores",
     "reliability",
     "risk_coverage",
+    "simulation_based_calibration",
     "sparsity_table",
     "to_arviz",
 ]

@@ -8,6 +8,7 @@ from bayes_svdo.distributions.additive_noise import AdditiveNoiseNormal
 from bayes_svdo.distributions.empirical_bayes import EmpiricalBayes
 from bayes_svdo.distributions.kl import kl_empirical_bayes, kl_log_uniform, log_alpha
 from bayes_svdo.distributions.log_uniform import LogUniform
+from bayes_svdo.distributions.truncated import TruncatedLogUniform
 from bayes_svdo.distributions.undrawn import LocalReparameterization, UndrawnSample, WeightReused
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "EmpiricalBayes",
     "LocalReparameterization",
     "LogUniform",
+    "TruncatedLogUniform",
     "UndrawnSample",
     "WeightReused",
     "kl_empirical_bayes",
