@@ -142,7 +142,7 @@ def nuts_posterior(
         The draws. What is wrong with them is a :class:`NutsWarning`, too.
 
     Raises:
-        TypeError: The model is no ``BayesianNetwork``, or ``prior`` no distribution.
+        TypeError: The model is no ``BayesianNetwork``, ``prior`` no distribution, or ``y`` is None.
         ValueError: ``prior`` is improper, the model has more than ``max_weights`` weights, a number
             is out of range, ``x`` and ``y`` do not fit, or the density at a start is not finite.
     """
@@ -157,7 +157,7 @@ def nuts_posterior(
         raise TypeError(f"prior must be a distribution over one weight, but is {prior!r}.")
     _log_density(prior)
     if y is None:
-        raise ValueError("y must hold the targets, but is None.")
+        raise TypeError("y must be a tensor or an array of the targets, but is None.")
     posterior._network("nuts_posterior")
     sites = SiteDraws.of(posterior, math.inf, surviving_only=False)
     number = sum(map(len, sites))

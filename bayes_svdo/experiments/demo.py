@@ -16,7 +16,9 @@ from bayes_svdo import data
 from bayes_svdo.experiments.runs import Run
 from bayes_svdo.experiments.training import Settings, evaluate, make_task, run, train
 
-SETTINGS = Settings(model="lenet-300-100", data="digits", epochs=150, batch_size=100, lr=1e-2)
+# Of the candidates of benchmarks/demo_settings.py the one with the lowest validation error; of two
+# that are equal, the shorter.
+SETTINGS = Settings(model="lenet-300-100", data="digits", epochs=100, batch_size=50, lr=1e-2)
 # A fifth of the training set.
 _NUM_VALIDATION = 287
 

@@ -176,7 +176,7 @@ def test_an_unknown_rhat_is_trouble():
         ({"target_accept": 1.0}, ValueError, r"target_accept must lie in \(0, 1\), but is 1.0"),
         ({"seed": "a"}, ValueError, "seed must be an integer or None"),
         ({"max_weights": 1}, ValueError, r"the model has 2 weights, but max_weights is 1.*\n  Try"),
-        ({"y": None}, ValueError, "y must hold the targets"),
+        ({"y": None}, TypeError, "y must be a tensor or an array"),
         ({"y": torch.zeros(3, 1)}, ValueError, "x has 20 data points, but y has 3"),
         (
             {"prior": dist.Normal(torch.tensor(math.nan), 1.0, validate_args=False)},
