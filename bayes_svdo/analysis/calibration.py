@@ -1,8 +1,9 @@
 """Whether predictive distributions are right: reliability, scores, coverage, PIT.
 
-Classifiers are judged by their probabilities, shape ``(N, ..., K)``, with labels ``(N, ...)``, and
-regressions by a :class:`~bayes_svdo.analysis.RegressionPredictive`. All are means over all labels
-or targets. Brier score and log loss are scikit-learn's where it has them.
+Classifiers are judged by their probabilities, shape ``(N, ..., K)``, or by a
+:class:`~bayes_svdo.analysis.ClassificationPredictive`, with labels ``(N, ...)``; regressions by a
+:class:`~bayes_svdo.analysis.RegressionPredictive`. All are means over all labels or targets. Brier
+score and log loss are scikit-learn's where it has them.
 """
 
 from __future__ import annotations
@@ -41,6 +42,10 @@ class Reliability:
     confidence: Array
     accuracy: Array
     count: NDArray[np.int64]
+
+    def __repr__(self) -> str:
+        predictions = f"{self.count.sum():,} predictions"
+        return f"Reliability({len(self.count)} bins of {predictions}, ECE {self.ece:.3g})"
 
     @property
     def ece(self) -> float:
@@ -168,6 +173,12 @@ class ClassificationScores:
     brier: float
     ece: float
 
+    def __str__(self) -> str:
+        return (
+            f"accuracy {self.accuracy:.2%}, NLL {self.nll:.4g} nats, Brier score {self.brier:.4g}, "
+            f"ECE {self.ece:.2%}"
+        )
+
 
 def classification_scores(
     predictive: ClassificationPredictive | Any, y: Any, num_bins: int = 15
@@ -220,6 +231,16 @@ class RegressionScores:
     coverage: tuple[float, ...]
     width: tuple[float, ...]
     pit_distance: float
+
+    def __str__(self) -> str:
+        intervals = ", ".join(
+            f"{coverage:.1%} in {level:.0%} (width {width:.3g})"
+            for level, coverage, width in zip(self.levels, self.coverage, self.width, strict=True)
+        )
+        return (
+            f"RMSE {self.rmse:.4g}, NLL {self.nll:.4g} nats, {intervals}, "
+            f"PIT distance {self.pit_distance:.3f}"
+        )
 
 
 def regression_scores(
@@ -299,6 +320,8 @@ def pit_distance(pit: Any) -> float:
 
 def _classes(probabilities: Any, y: Any) -> tuple[Array, NDArray[np.int64]]:
     """Probabilities, shape ``(M, K)``, and labels, shape ``(M,)``."""
+    if isinstance(probabilities, ClassificationPredictive):
+        probabilities = probabilities.probabilities
     p = as_tensor(probabilities, "probabilities")
     if p.dim() < 2 or p.shape[-1] < 2 or p.numel() == 0:
         raise ValueError(

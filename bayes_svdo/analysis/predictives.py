@@ -41,6 +41,14 @@ class ClassificationPredictive:
     num_samples: int
     draws: Tensor | None = None
 
+    def __repr__(self) -> str:
+        shape = tuple(self.log_probabilities.shape)
+        return (
+            f"ClassificationPredictive(probabilities of shape {shape}, {self.num_samples} draws by "
+            f'"{self.method}"; means in nats: entropy {float(self.entropy.mean()):.3g}, mutual '
+            f"information {float(self.mutual_information.mean()):.3g})"
+        )
+
     @property
     def probabilities(self) -> Tensor:
         """Mean class probabilities, shape ``(N, ..., K)``."""
@@ -107,6 +115,15 @@ class RegressionPredictive:
     component_scales: Tensor
     method: str
     num_samples: int
+
+    def __repr__(self) -> str:
+        aleatoric, epistemic = self.aleatoric_variance.mean(), self.epistemic_variance.mean()
+        shape = tuple(self.mean.shape)
+        return (
+            f"RegressionPredictive(mean of shape {shape}, {self.num_samples} draws by "
+            f'"{self.method}"; mean variance: aleatoric {float(aleatoric):.3g}, epistemic '
+            f"{float(epistemic):.3g})"
+        )
 
     @property
     def variance(self) -> Tensor:

@@ -38,6 +38,14 @@ class SimulatedCalibration:
     ranks: NDArray[np.int64]
     num_draws: int
 
+    def __repr__(self) -> str:
+        repetitions, weights = self.ranks.shape
+        return (
+            f"SimulatedCalibration({repetitions} repetitions, {weights} weights, {self.num_draws} "
+            f"draws; {self.coverage(0.5):.0%} of the truths in 50 % intervals, "
+            f"{self.coverage(0.95):.0%} in 95 %)"
+        )
+
     def coverage(self, level: float) -> float:
         """Part of the truths that lie in the central interval of ``level``, 0 to 1.
 

@@ -23,6 +23,9 @@ class RiskCoverage:
     coverage: Array
     risk: Array
 
+    def __repr__(self) -> str:
+        return f"RiskCoverage({len(self.risk):,} predictions, AURC {self.area:.3g})"
+
     @property
     def area(self) -> float:
         """Mean risk over all coverages (AURC; Geifman, Uziel & El-Yaniv (2019))."""

@@ -173,7 +173,7 @@ def natural_units(x: Tensor, y: Tensor, fit_intercept: bool) -> NaturalUnits:
     )
     mean = columns.mean(-2) if fit_intercept else columns.new_zeros(len(columns), columns.shape[-1])
     if fit_intercept:
-        columns = columns - mean[..., None, :]
+        columns -= mean[..., None, :]
     if rows > columns.shape[-1]:
         # A rotation of the observations changes nothing that matters.
         columns = torch.linalg.qr(columns, mode="r")[1]

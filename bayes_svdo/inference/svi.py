@@ -115,8 +115,9 @@ def fit(
             said, and runs as it is.
         callbacks: Called after every epoch with an :class:`EpochEnd`, on every device's process;
             one that returns ``True`` ends training.
-        seed: Makes the run reproducible and leaves the global random state as it was. None
-            continues the global stream.
+        seed: Makes the run reproducible, given the network's initial weights
+            (``torch.manual_seed`` before it is made), and leaves the global random state as it was.
+            None continues the global stream.
         progress: Show a progress bar.
 
     Returns:

@@ -126,7 +126,7 @@ class Categorical(Likelihood):
         if y.dtype != torch.int64:
             raise TypeError(
                 f"{name} holds class labels and must be int64, but its dtype is {y.dtype}.\n"
-                f"  Try {name}.long(), if its values are whole numbers."
+                f"  Try {name.split()[-1]}.long(), if its values are whole numbers."
             )
         if y.shape[1:] != output.shape[1:-1] and y.shape[1:] == output.shape[2:]:
             raise ValueError(
@@ -252,14 +252,15 @@ def _check_floating(y: Tensor, output: Tensor, name: str) -> None:
         raise TypeError(
             f"{name} must have the dtype of the network's output, {output.dtype}, but has "
             f"{y.dtype}.\n"
-            f"  Try {name}.to({output.dtype})."
+            f"  Try {name.split()[-1]}.to({output.dtype})."
         )
 
 
 def _check_shape(y: Tensor, event_shape: torch.Size, output: Tensor, name: str) -> None:
     if y.shape[1:] != event_shape:
         wanted = ", ".join(["N", *map(str, event_shape)]) + ("," if not event_shape else "")
-        hint = f"\n  Try {name}[:, None]." if y.dim() == 1 and tuple(event_shape) == (1,) else ""
+        column = y.dim() == 1 and tuple(event_shape) == (1,)
+        hint = f"\n  Try {name.split()[-1]}[:, None]." if column else ""
         raise ValueError(
             f"{name} must have shape ({wanted}) to go with network outputs of shape "
             f"{tuple(output.shape)}, but has shape {tuple(y.shape)}.{hint}"

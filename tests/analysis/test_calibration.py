@@ -245,3 +245,19 @@ def test_coverage_by_hand():
 def test_bad_targets_are_named(ask, words):
     with pytest.raises(ValueError, match=words):
         ask(*gaussian(5))
+
+
+def test_scores_print_as_a_line():
+    p = torch.tensor([[0.8, 0.2], [0.4, 0.6]], dtype=torch.float64)
+    predictive = ClassificationPredictive(p.log(), torch.zeros(2), "weights", 1)
+    assert str(classification_scores(predictive, [0, 0], num_bins=1)) == (
+        "accuracy 50.00%, NLL 0.5697 nats, Brier score 0.2, ECE 20.00%"
+    )
+    found = reliability(predictive, [0, 0], num_bins=1)
+    assert repr(found) == "Reliability(1 bins of 2 predictions, ECE 0.2)"
+    assert found.ece == expected_calibration_error(p, [0, 0], 1)
+    ones = torch.ones(1, 4, 1, dtype=torch.float64)
+    regression = RegressionPredictive(*ones.expand(3, 4, 1), ones, ones, "weights", 1)
+    assert str(regression_scores(regression, torch.ones(4, 1), 0.5)) == (
+        "RMSE 0, NLL 0.9189 nats, 100.0% in 50% (width 1.35), PIT distance 0.500"
+    )

@@ -244,3 +244,14 @@ def test_rows_in_chunks_are_the_same(shared, monkeypatch):
 def test_bad_questions_are_named(ask, words):
     with pytest.raises(ValueError, match=words):
         ask(some_mixture())
+
+
+def test_they_print_as_a_line():
+    assert repr(SURE) == (
+        'ClassificationPredictive(probabilities of shape (2, 3), 2 draws by "local"; means in '
+        "nats: entropy 0.693, mutual information 0.347)"
+    )
+    assert repr(mixture(torch.ones(3, 4), torch.full((1, 4), 0.5))) == (
+        'RegressionPredictive(mean of shape (4,), 3 draws by "local"; mean variance: '
+        "aleatoric 0.25, epistemic 0)"
+    )

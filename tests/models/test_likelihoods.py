@@ -266,7 +266,7 @@ BAD_TARGETS: dict[str, Any] = {
         Categorical(),
         torch.zeros(N),
         X3,
-        r"TypeError: train y holds class labels and must be int64.*float32\.\n.*train y\.long\(\)",
+        r"TypeError: train y holds class labels and must be int64.*float32\.\n.*Try y\.long\(\)",
     ),
     "int32 labels": (Categorical(), torch.zeros(N).int(), X3, "TypeError.*is torch.int32"),
     "boolean labels": (Categorical(), torch.zeros(N).bool(), X3, "TypeError.*torch.bool"),
@@ -301,7 +301,7 @@ BAD_TARGETS: dict[str, Any] = {
         torch.zeros(N, 3).long(),
         X3,
         r"TypeError: train y must have the dtype of the network's output, torch\.float32, but has "
-        r"torch\.int64\.\n.*train y\.to\(torch\.float32\)",
+        r"torch\.int64\.\n.*Try y\.to\(torch\.float32\)",
     ),
     "not zero or one": (
         Bernoulli(),
@@ -313,7 +313,7 @@ BAD_TARGETS: dict[str, Any] = {
         Bernoulli(),
         torch.zeros(N),
         X3[:, :1],
-        r"ValueError.*\(N, 1\).*but has shape \(6,\)\.\n  Try train y\[:, None\]\.",
+        r"ValueError.*\(N, 1\).*but has shape \(6,\)\.\n  Try y\[:, None\]\.",
     ),
     "column of targets of a flat output": (
         Gaussian(),
