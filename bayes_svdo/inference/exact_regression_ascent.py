@@ -96,8 +96,6 @@ class State(NamedTuple):
     active_alpha: Tensor  # (B, S, A), huge in unused slots
     active_pull: Tensor  # (B, S, A), alpha loc, which is x_active' residual
     active_kl: Tensor  # (B, S, A)
-    kl_slope: Tensor  # (B, S, A), dKL / d log_alpha, 0 in unused slots
-    kl_curvature: Tensor  # (B, S, A), its slope, 0 in unused slots
     rows: Tensor  # (B, S, A, D), x_active' x, or where there is no gram (B, S, A, M), x_active'
     whitener: Tensor  # (B, S, A, A), inverse Cholesky factor of x_active' x_active + diag(alpha)
 
@@ -129,13 +127,12 @@ def evaluate(problems: Problems, log_alpha: Tensor) -> State:
     active_pull = active_alpha * active_loc
     error = vecdot(residual, residual) + vecdot(active_pull, active_loc)
     noise_precision = best_noise_precision(problems, error)
-    active_kl, kl_slope, kl_curvature = problems.curves.kl.with_slopes(active_log_alpha)
+    active_kl = problems.curves.kl(active_log_alpha)
     elbo = objective(problems, error, noise_precision, active_kl.sum(-1))
     elbo = elbo.nan_to_num_(nan=-torch.inf).masked_fill_(failed > 0, -torch.inf)
     return State(
         log_alpha, kept, loc, noise_precision, elbo, residual, active, filled, active_loc,
-        active_log_alpha, active_alpha, active_pull, active_kl, kl_slope, kl_curvature, rows,
-        whitener,
+        active_log_alpha, active_alpha, active_pull, active_kl, rows, whitener,
     )  # fmt: skip
 
 
@@ -286,9 +283,10 @@ def newton_step(problems: Problems, state: State, moves: Moves) -> Tensor:  # (B
     beta = state.noise_precision[..., None]
     pull, loc = state.active_pull, state.active_loc
     energy = (0.5 * beta * pull).mul_(loc)
-    gradient = -energy.add(state.kl_slope, alpha=problems.kl_weight)
+    h, h_slope = problems.curves.negative_slope.with_slope(state.active_log_alpha)
+    gradient = h.mul_(problems.kl_weight).sub_(energy).mul_(state.filled)
     keeps = torch.sigmoid(state.active_log_alpha)
-    bend = problems.kl_weight * state.kl_curvature
+    bend = -problems.kl_weight * h_slope
 
     inverse = moves.inverse
     if problems.noise_precision is None:  # it follows

@@ -102,20 +102,18 @@ class Curve(NamedTuple):
         u, (c0, c1, c2, c3) = self._piece(x)
         return c0.addcmul(u, c1.addcmul(u, c2.addcmul(u, c3)))
 
-    def with_slopes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (*shape) -> 3 x (*shape)
-        """Its value, slope and curvature."""
+    def with_slope(self, x: Tensor) -> tuple[Tensor, Tensor]:  # (*shape) -> (*shape), (*shape)
+        """Its value and slope."""
         u, (c0, c1, c2, c3) = self._piece(x)
-        line = c2.addcmul(u, c3)
-        rise = torch.addcmul(line, u, c3)
-        value = c0.addcmul(u, c1.addcmul(u, line))
-        slope = c1.addcmul(u, line.add_(rise)).div_(self.width)
-        return value, slope, rise.addcmul_(u, c3).mul_(2 / self.width**2)
+        slope = c1.addcmul(u, (c2 + c2).addcmul(u, c3, value=3))
+        return c0.addcmul(u, c1.addcmul(u, c2.addcmul(u, c3))), slope.div_(self.width)
 
 
 class Curves(NamedTuple):
     """What the optimiser asks about a KL, as tables: cheap, and as good as exact."""
 
     kl: Curve  # log_alpha -> KL
+    negative_slope: Curve  # log_alpha -> h = -dKL / d log_alpha
     by_excess: Curve  # log(z²/kl_weight - 1) -> log_alpha, the joint optimum of loc and alpha
     by_energy: Curve  # log(c/kl_weight), c = beta s loc²/2 -> log_alpha, loc held fixed
 
@@ -139,9 +137,10 @@ def tabulate(kl: KL, dtype: torch.dtype, device: torch.device) -> Curves:
         value, h, h_slope = _value_and_slopes(function, grid)
         psi_grid = torch.linspace(_LOWEST, _HIGHEST_OF_PSI, _NUM_CELLS + 1, dtype=torch.float64)
         log_excess, excess_slope = _log_psi_minus_one(function, psi_grid)
-        above = grid == grid[-1]  # flat from there on: log_alpha may be infinite
+        below, above = grid == grid[0], grid == grid[-1]  # flat there: log_alpha may be infinite
         curves = Curves(
             kl=_hermite(grid, value, -h.masked_fill(above, 0.0)),
+            negative_slope=_hermite(grid, h, h_slope.masked_fill(below | above, 0.0)),
             by_excess=_inverse(psi_grid, log_excess, excess_slope),
             by_energy=_inverse(grid, h.log() - grid, h_slope / h - 1),
         )
