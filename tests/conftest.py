@@ -8,6 +8,8 @@ import torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The longest first: at the end one of them would leave the other cores idle.
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
     if torch.cuda.is_available():
         return
     for item in items:
