@@ -32,6 +32,7 @@ from bayes_svdo.inference.exact_regression_ascent import (
     Problems,
     State,
     evaluate,
+    has_one_maximum,
     iterate,
     join,
     start,
@@ -183,8 +184,9 @@ def fit_vdard_regression(
             becomes N - 1 in the ELBO and in the estimate of the noise.
         starts: Where to start: ``"zero"`` (no weights but the few that enter first), ``"ols"``
             (least squares; needs fewer features than observations) or ``"ridge"`` (alpha = 1 for
-            all). Default: ``("zero", "ols")`` as far as possible, for the alternation ``("ols",)``
-            or else ``("ridge",)``.
+            all). Default: ``("zero", "ols")`` as far as possible, but ``("ols",)`` alone where no
+            two features correlate by more than 0.25, since both then lead to one maximum; for the
+            alternation ``("ols",)`` or else ``("ridge",)``.
         noise_precision: beta, a number or a tensor (...); None: learned.
         min_noise: Smallest standard deviation of the noise that may be learned, as a fraction of
             the standard deviation of ``y``. With 0, a perfect fit is an error.
@@ -228,6 +230,8 @@ def fit_vdard_regression(
         problems = problems_of(data, degrees, weight, precision, min_noise, kl)
         if precision is None and min_noise == 0 and weight <= 1 and dim >= degrees:
             check_interpolation(problems)
+        if starts is None and names == ("zero", "ols") and has_one_maximum(problems):
+            names = ("ols",)
         rate = (1e-9 if dtype == torch.float64 else 1e-6) if tol is None else tol
         run = _run(problems, names, method, max_iter, rate * num_data)
         if method == "alternating":
@@ -327,9 +331,11 @@ def _best(
         units = units - 0.5 * math.log(integrated)
     start_elbo = run.trace[..., -1] + units[:, None]
 
-    best = start_elbo.argmax(-1)
-    rows = torch.arange(len(best), device=best.device)
-    log_alpha, loc, residual, beta, n_iter, converged, trace = (field[rows, best] for field in run)
+    num, starts = start_elbo.shape
+    best = start_elbo.argmax(-1) + torch.arange(0, num * starts, starts, device=start_elbo.device)
+    log_alpha, loc, residual, beta, n_iter, converged, trace = (
+        field.flatten(0, 1).index_select(0, best) for field in run
+    )
     correlation = (residual[:, None] @ problems.x_rows.mT)[:, 0]
     scale = data.y_scale[:, None] / data.x_scale
     sigma2 = torch.where(log_alpha.isfinite(), log_alpha.exp() * (loc * scale).square(), 0.0)
@@ -340,7 +346,7 @@ def _best(
         "relevance": beta[:, None] * (correlation + loc).square(),
         "intercept": data.y_mean - (data.x_mean * loc * scale).sum(-1),
         "beta": beta / data.y_scale.square(),
-        "elbo": start_elbo[rows, best],
+        "elbo": start_elbo.amax(-1),
         "elbo_trace": trace + units[:, None],
         "n_iter": n_iter,
         "converged": converged,

@@ -105,7 +105,7 @@ class Curve(NamedTuple):
     def with_slope(self, x: Tensor) -> tuple[Tensor, Tensor]:  # (*shape) -> (*shape), (*shape)
         """Its value and slope."""
         u, (c0, c1, c2, c3) = self._piece(x)
-        slope = c1.addcmul(u, (c2 + c2).addcmul(u, c3, value=3))
+        slope = c1.addcmul(u, (c2 + c2).addcmul(u, c3, value=3.0))
         return c0.addcmul(u, c1.addcmul(u, c2.addcmul(u, c3))), slope.div_(self.width)
 
 
@@ -120,7 +120,7 @@ class Curves(NamedTuple):
     def optimal_log_alpha(self, excess: Tensor) -> Tensor:  # (*shape) -> (*shape)
         """``log_alpha`` for ``z²/kl_weight = 1 + excess``; inf, pruned, unless excess > 0."""
         log_alpha = self.by_excess(excess.clamp_min(torch.finfo(excess.dtype).tiny).log_())
-        return log_alpha.masked_fill_(excess <= 0, torch.inf)
+        return log_alpha.masked_fill_(excess <= 0.0, torch.inf)
 
     def log_alpha_given_loc(self, energy: Tensor) -> Tensor:  # (*shape) -> (*shape)
         """``log_alpha`` that maximises ``-energy alpha - KL(alpha)``; inf where energy is 0."""

@@ -13,6 +13,9 @@ from torch import Tensor
 from bayes_svdo.inference.exact_regression_ascent import Problems, State
 from bayes_svdo.inference.exact_regression_curves import KL, tabulate
 
+# Of a column of norm 1 from the span of those before it. Closer, the Gram matrix loses digits.
+_LEAST_DISTANCE = 0.03
+
 Method = Literal["joint", "alternating"]
 Start = Literal["zero", "ols", "ridge"]
 
@@ -163,6 +166,7 @@ class NaturalUnits(NamedTuple):
     x_scale: Tensor  # (B, D), by what was divided; 1 where x is constant
     y_scale: Tensor  # (B,)
     constant: Tensor  # (B,), whether y is
+    least_squares: Tensor | None  # (B, D), of y on x, where it came with the rotation
 
 
 def natural_units(x: Tensor, y: Tensor, fit_intercept: bool) -> NaturalUnits:
@@ -174,18 +178,27 @@ def natural_units(x: Tensor, y: Tensor, fit_intercept: bool) -> NaturalUnits:
     mean = columns.mean(-2) if fit_intercept else columns.new_zeros(len(columns), columns.shape[-1])
     if fit_intercept:
         columns -= mean[..., None, :]
-    if rows > columns.shape[-1]:
-        # A rotation of the observations changes nothing that matters.
-        columns = torch.linalg.qr(columns, mode="r")[1]
-    # By the largest value first, so that no square overflows or underflows.
-    largest = columns.abs().amax(-2)
-    largest = torch.where(largest == 0, 1.0, largest)
-    columns = columns / largest[..., None, :]
-    norm = columns.norm(dim=-2)
     rounding = 10 * torch.finfo(x.dtype).eps * math.sqrt(rows)
-    constant = norm * largest <= rounding * torch.maximum(mean.abs(), largest * (norm == 0))
-    columns = columns * (~constant / torch.where(constant, 1.0, norm))[..., None, :]
-    scale = torch.where(constant, 1.0, norm * largest)
+    # A rotation of the observations changes nothing that matters.
+    rotated = _rotated(columns, mean, rounding) if rows > columns.shape[-1] else None
+    if rotated is None:
+        if rows > columns.shape[-1]:
+            columns = torch.linalg.qr(columns, mode="r")[1]
+        # By the largest value first, so that no square overflows or underflows.
+        largest = columns.abs().amax(-2)
+        largest = torch.where(largest == 0, 1.0, largest)
+        columns = columns / largest[..., None, :]
+        norm = columns.norm(dim=-2)
+        constant = norm * largest <= rounding * torch.maximum(mean.abs(), largest * (norm == 0))
+        columns = columns * (~constant / torch.where(constant, 1.0, norm))[..., None, :]
+        scale = torch.where(constant, 1.0, norm * largest)
+        least_squares = None
+    else:
+        columns, scale = rotated
+        constant = torch.zeros_like(scale, dtype=torch.bool)
+        moment = columns[..., :-1, -1:]
+        least_squares = torch.linalg.solve_triangular(columns[..., :-1, :-1], moment, upper=True)
+        least_squares = least_squares[..., 0]
     if not (scale.isfinite().all() and (scale[..., -1:] / scale).isfinite().all()):
         raise ValueError(
             "the values of x or y are so large, or those of x so small, that the weights overflow; "
@@ -193,8 +206,27 @@ def natural_units(x: Tensor, y: Tensor, fit_intercept: bool) -> NaturalUnits:
         )
     return NaturalUnits(
         columns[..., :-1], columns[..., -1], mean[..., :-1], mean[..., -1],
-        scale[..., :-1], scale[..., -1], constant[..., -1],
+        scale[..., :-1], scale[..., -1], constant[..., -1], least_squares,
     )  # fmt: skip
+
+
+def _rotated(
+    columns: Tensor, mean: Tensor, rounding: float
+) -> tuple[Tensor, Tensor] | None:  # (B, M, C) -> (B, C, C), (B, C)
+    """Columns of norm 1, upper triangular, and their norms, by way of the Gram matrix.
+
+    Faster than QR, and as exact while no column is constant or close to the span of the others:
+    else None.
+    """
+    gram = columns.mT @ columns
+    norm = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    factor = torch.linalg.cholesky_ex(gram / (norm[..., None] * norm[..., None, :]), upper=True)[0]
+    no_square_underflows = torch.finfo(norm.dtype).tiny ** 0.25
+    exact = (
+        float(factor.diagonal(dim1=-2, dim2=-1).amin()) >= _LEAST_DISTANCE  # false for NaN
+        and float((norm - rounding * mean.abs()).amin()) > no_square_underflows
+    )
+    return (factor, norm) if exact else None
 
 
 def given_precision(
@@ -253,6 +285,7 @@ def problems_of(
         kl_weight=weight,
         noise_precision=precision,
         largest_noise_precision=degrees / min_noise**2 if min_noise else math.inf,
+        least_squares=data.least_squares,
         curves=tabulate(kl, x.dtype, x.device),
         first_row=torch.arange(0, x.shape[0] * x.shape[2], x.shape[2], device=x.device)[
             :, None, None

@@ -227,6 +227,27 @@ def test_starts_can_end_in_different_optima_and_the_best_is_kept(problem) -> Non
     assert torch.allclose(worse.elbo, fit.start_elbo[0])
 
 
+@pytest.mark.parametrize("kl_weight", [1.0, 2.0, "bic"])
+@pytest.mark.parametrize(("num", "dim", "noise"), [(500, 60, 0.3), (500, 20, 3.0), (400, 5, 1.0)])
+def test_without_correlation_all_starts_reach_one_maximum(
+    num: int, dim: int, noise: float, kl_weight: float | str
+) -> None:
+    generator = torch.Generator().manual_seed(num + dim)
+    x = torch.randn(20, num, dim, generator=generator, dtype=torch.float64)
+    loc = torch.randn(20, dim, 1, generator=generator, dtype=torch.float64)
+    loc[:, dim // 2 :] = 0
+    y = (x @ loc)[..., 0] + noise * torch.randn(20, num, generator=generator, dtype=torch.float64)
+    fit = fit_vdard_regression(x, y, kl_weight=kl_weight)
+    assert fit.starts == ("ols",)
+    for start in ("zero", "ridge"):
+        other = fit_vdard_regression(x, y, kl_weight=kl_weight, starts=(start,))
+        assert torch.allclose(other.elbo, fit.elbo, rtol=0, atol=1e-3)
+
+
+def test_correlated_features_take_two_starts(problem) -> None:
+    assert fit_vdard_regression(*problem(num=400, correlation=0.4)).starts == ("zero", "ols")
+
+
 def test_strong_correlation_does_not_slow_the_joint_ascent(problem) -> None:
     x, y = problem(num=150, dim=100, correlation=0.97)
     fit = fit_vdard_regression(x, y)

@@ -202,6 +202,28 @@ def test_natural_units_do_not_know_the_units_of_the_data(problem) -> None:
     assert torch.allclose(other.y_scale, units.y_scale * 1e9)
 
 
+@pytest.mark.parametrize("noise", [0.2, 1e-6])  # by the Gram matrix, and close to the span: by QR
+def test_rotated_data_have_the_same_products_and_fit(noise: float, problem) -> None:
+    x, y = problem(num=300, dim=20, noise=noise)
+    units = natural_units(3e4 * x[None], y[None], True)
+    assert (units.least_squares is not None) == (noise == 0.2)
+    assert units.x.shape == (1, 21, 20)
+    columns = torch.cat((x, y[:, None]), 1)
+    columns = columns - columns.mean(0)
+    columns = columns / columns.norm(dim=0)
+    rotated = torch.cat((units.x[0], units.y[0, :, None]), 1)
+    assert torch.allclose(rotated.T @ rotated, columns.T @ columns, rtol=0, atol=1e-14)
+    assert torch.allclose(units.x_scale[0], 3e4 * (x - x.mean(0)).norm(dim=0), rtol=1e-14)
+    loc, left = (
+        torch.linalg.lstsq(a[..., :-1], a[..., -1:]).solution[:, 0] for a in (rotated, columns)
+    )
+    assert torch.allclose(loc, left, rtol=1e-12, atol=1e-14)
+    error = (rotated[:, -1] - rotated[:, :-1] @ loc).norm()
+    assert torch.allclose(error, (columns[:, -1] - columns[:, :-1] @ left).norm(), rtol=1e-11)
+    if units.least_squares is not None:
+        assert torch.allclose(units.least_squares[0], left, rtol=1e-12, atol=1e-14)
+
+
 def test_constant_columns_become_zero_and_constant_targets_are_found(problem) -> None:
     x, y = problem()
     x[:, 4] = 0.1
