@@ -32,7 +32,6 @@ from bayes_svdo.inference.exact_regression_ascent import (
     Problems,
     State,
     evaluate,
-    has_one_maximum,
     iterate,
     join,
     start,
@@ -184,9 +183,8 @@ def fit_vdard_regression(
             becomes N - 1 in the ELBO and in the estimate of the noise.
         starts: Where to start: ``"zero"`` (no weights but the few that enter first), ``"ols"``
             (least squares; needs fewer features than observations) or ``"ridge"`` (alpha = 1 for
-            all). Default: ``("zero", "ols")`` as far as possible, but ``("ols",)`` alone where no
-            two features correlate by more than 0.25, since both then lead to one maximum; for the
-            alternation ``("ols",)`` or else ``("ridge",)``.
+            all). Default: ``("zero", "ols")`` as far as possible, for the alternation ``("ols",)``
+            or else ``("ridge",)``.
         noise_precision: beta, a number or a tensor (...); None: learned.
         min_noise: Smallest standard deviation of the noise that may be learned, as a fraction of
             the standard deviation of ``y``. With 0, a perfect fit is an error.
@@ -230,8 +228,6 @@ def fit_vdard_regression(
         problems = problems_of(data, degrees, weight, precision, min_noise, kl)
         if precision is None and min_noise == 0 and weight <= 1 and dim >= degrees:
             check_interpolation(problems)
-        if starts is None and names == ("zero", "ols") and has_one_maximum(problems):
-            names = ("ols",)
         rate = (1e-9 if dtype == torch.float64 else 1e-6) if tol is None else tol
         run = _run(problems, names, method, max_iter, rate * num_data)
         if method == "alternating":

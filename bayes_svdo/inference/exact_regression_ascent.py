@@ -42,9 +42,6 @@ _FIRST_TO_ENTER = 8
 # Starts that shrink no weight more differently than this are on the way to the same maximum: so it
 # was in 480 designs with correlations up to 0.97. At 0.25 it was not in 2 of 360.
 _SAME_SHARE = 0.15
-# Up to this correlation between features all starts lead to one maximum: so it was in 1,800 designs
-# of 5 to 300 features, but for 1e-4 nats.
-_LARGEST_CORRELATION_OF_ONE_MAXIMUM = 0.25
 # Beyond it a weight is shrunk to less than rounding, and may as well be pruned.
 _LARGEST_LOG_ALPHA = 40.0
 _LOG_ALPHA_OF_UNUSED = 69.0
@@ -165,14 +162,6 @@ def best_noise_precision(problems: Problems, error: Tensor) -> Tensor:  # (B, S)
     if problems.noise_precision is not None:
         return problems.noise_precision.expand_as(error)
     return error.reciprocal().mul_(problems.num_data).clamp_(max=problems.largest_noise_precision)
-
-
-def has_one_maximum(problems: Problems) -> bool:
-    """Whether no features of any problem are so correlated that starts would end apart."""
-    if problems.gram is None:
-        return False
-    least, most = problems.gram.tril(-1).aminmax()
-    return max(float(most), -float(least)) <= _LARGEST_CORRELATION_OF_ONE_MAXIMUM
 
 
 def start(problems: Problems, names: tuple[str, ...]) -> State:
