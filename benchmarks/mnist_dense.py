@@ -3,6 +3,7 @@
     python benchmarks/mnist_dense.py search lenet_300_100    # candidates on a 55,000/5,000 split
     python benchmarks/mnist_dense.py final lenet_300_100     # the frozen one on 60,000, per seed
     python benchmarks/mnist_dense.py table                   # the results as Markdown
+    python benchmarks/mnist_dense.py final lenet_300_100 --eager    # the same, nothing compiled
     python benchmarks/mnist_dense.py final lenet_300_100 --device cuda --epochs 200
 
 `configs/<name>.toml` holds the candidates, tried with seed 0 and the finalists with further ones,
@@ -70,6 +71,7 @@ def run(config: dict[str, Any], seed: int, final: bool, device: str) -> dict[str
         progress=False,
         kl_warmup=tuple(config["kl_warmup"]),
         threshold=config["threshold"],
+        compile=config.get("compile", "auto"),
         **{
             key: config[key]
             for key in ("epochs", "batch_size", "lr", "sigma_lr", "prune_while_training")
@@ -221,6 +223,7 @@ def main() -> None:
     parser.add_argument("config", nargs="?", help="name of a file in configs/")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--epochs", type=int, help="others than the configuration's")
+    parser.add_argument("--eager", action="store_true", help="compile nothing")
     arguments = parser.parse_args()
     if arguments.action == "table":
         print(table())
@@ -234,6 +237,9 @@ def main() -> None:
     if arguments.epochs is not None:
         content["base"]["epochs"] = arguments.epochs
         suffix += f"_{arguments.epochs}_epochs"
+    if arguments.eager:
+        content["base"]["compile"] = False
+        suffix += "_eager"
     path = RESULTS / f"mnist_dense_{arguments.config}_{arguments.action}{suffix}.json"
     if arguments.action == "search":
         jobs = [
