@@ -8,6 +8,7 @@ the weights above all. Random numbers are drawn anew by every call, from torch's
 from __future__ import annotations
 
 import os
+import random
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,8 +18,10 @@ from pathlib import Path
 from shutil import which
 from typing import Any, NamedTuple, Self
 
+import numpy as np
 import pyro
 import torch
+from pyro import poutine
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.autograd.function import once_differentiable
@@ -129,8 +132,9 @@ class CompiledObjective(nn.Module):
     """An :class:`Objective` that is traced and compiled, once for every signature of its inputs.
 
     The signature is the shapes, dtypes and devices of a batch, its values that are no tensors, the
-    modules' training mode, the model's ``num_data``, and the scale and the ELBO's own ``kl_weight``
-    (the argument of that name is no part of it): a last, smaller batch costs one more compilation.
+    modules' training mode, the model's ``num_data`` and the scale: a last, smaller batch costs one
+    more compilation. The KL's weight, the ELBO's own included, may change with every step. Whatever
+    else the model reads, such as an attribute that a callback changes, is a constant of the graph.
     From the ninth signature on, new ones are evaluated as they are, with a warning. When half of
     what is left of the weights has been zeroed for good, rows and columns that are dead leave the
     graphs, which are compiled anew. Without gradients (``torch.no_grad()``) nothing is compiled.
@@ -163,8 +167,8 @@ class CompiledObjective(nn.Module):
         if graph is None:
             value: ObjectiveValue = self.objective(kl_weight, *batch)
             return value
-        leaves = tree_leaves(batch)
-        loss, terms, score = _Evaluate.apply(graph, kl_weight, leaves, *graph.trained)
+        weight = self._total(kl_weight)
+        loss, terms, score = _Evaluate.apply(graph, weight, tree_leaves(batch), *graph.trained)
         return ObjectiveValue(loss, terms, score)
 
     @torch.no_grad()
@@ -183,7 +187,7 @@ class CompiledObjective(nn.Module):
             return value
         for parameter in graph.trained:  # so that the new ones can have their memory
             parameter.grad = None
-        *values, gradients = graph.evaluate(kl_weight, tree_leaves(batch))
+        *values, gradients = graph.evaluate(self._total(kl_weight), tree_leaves(batch))
         for parameter, gradient in zip(graph.trained, gradients, strict=True):
             parameter.grad = gradient
         return ObjectiveValue(*values)
@@ -217,6 +221,15 @@ class CompiledObjective(nn.Module):
             self._give_up(str(error))
         return graph
 
+    def _total(self, kl_weight: Tensor) -> Tensor:
+        """What the graph, traced at a weight of 1 of the ELBO's own, takes."""
+        own = self.objective.elbo.kl_weight
+        return (
+            kl_weight
+            if isinstance(own, float) and own == 1.0
+            else (kl_weight * own).detach().to(kl_weight)
+        )
+
     def _give_up(self, why: str) -> None:
         """Compile nothing more, and say so once."""
         self._gave_up = True
@@ -237,7 +250,6 @@ class CompiledObjective(nn.Module):
             tuple([module.training for module in self._modes]),
             getattr(self.objective.model, "num_data", None),
             self.objective.scale,
-            float(self.objective.elbo.kl_weight),
             autocast,
         )
 
@@ -266,8 +278,13 @@ class CompiledObjective(nn.Module):
         state = [*trained.values(), *fixed.values()]
         try:
             with local_parameters(), pyro_checks(structure=True):
-                self._learn_reuse(kl_weight, batch, fixed)
-            with local_parameters(), pyro_checks(structure=False), _without_onednn():
+                self._try(kl_weight, batch, fixed)
+            with (
+                local_parameters(),
+                pyro_checks(structure=False),
+                _without_onednn(),
+                _unweighted(objective.elbo),
+            ):
                 trace = make_fx(
                     run,
                     decomposition_table=_DECOMPOSITIONS,
@@ -280,6 +297,8 @@ class CompiledObjective(nn.Module):
                 # will give up its users need not hear.
                 warnings.simplefilter("ignore", DeprecationWarning)
                 compiled = _compiled(graph, state, kl_weight, _tensors(leaves), self.backend)
+        except UntraceableError:
+            raise
         except Exception as error:
             raise UntraceableError(
                 f"the objective cannot be compiled into one graph: {_reason(error)}\n"
@@ -289,17 +308,39 @@ class CompiledObjective(nn.Module):
         return _Graph(compiled, list(trained.values()), state)
 
     @torch.no_grad()
-    def _learn_reuse(
-        self, kl_weight: Tensor, batch: tuple[Any, ...], fixed: dict[str, Tensor]
-    ) -> None:
+    def _try(self, kl_weight: Tensor, batch: tuple[Any, ...], fixed: dict[str, Tensor]) -> None:
         """Run once as it is: a weight that is used twice is found, and sites get their names.
 
-        Random numbers and buffers stay as they were.
+        torch's random numbers and buffers stay as they were.
+
+        Raises:
+            UntraceableError: A graph would hold constants in place of what changes from step to
+                step: parameters of Pyro's store, or random numbers that are not torch's.
         """
         copies = {name: value.clone() for name, value in fixed.items()}
         device = self.objective.guide.location_parameters()[0].device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        before = random.getstate(), np.random.get_state()  # noqa: NPY002
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            poutine.trace(param_only=True) as captured,
+        ):
             functional_call(self.objective, copies, (kl_weight, *batch))
+        after = random.getstate(), np.random.get_state()  # noqa: NPY002
+        for name, one, other in zip(("random", "numpy.random"), before, after, strict=True):
+            if repr(one) != repr(other):
+                raise UntraceableError(
+                    f"the objective draws random numbers from {name}, which would be the same in "
+                    "every step of a graph.\n  Try compile=False, or torch's random numbers."
+                )
+        own = {id(value) for value in (*self.objective.parameters(), *copies.values())}
+        nodes: dict[str, Any] = captured.trace.nodes
+        for name, site in nodes.items():
+            if id(site["value"].unconstrained()) not in own:
+                raise UntraceableError(
+                    f'parameter "{name}" of Pyro\'s global store is held by no module of the model '
+                    "or the guide, so that it would be a constant of the graph.\n"
+                    "  Try a PyroModule as model, with the network or a PyroParam as attribute."
+                )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._graphs.clear()  # buffers are replaced
@@ -397,6 +438,15 @@ def _compiled(
         for tensor in state:
             torch._dynamo.mark_static_address(tensor)  # else copied for every step
     return torch.compile(graph, backend=backend, dynamic=False, options=options)
+
+
+@contextmanager
+def _unweighted(elbo: TraceAnalyticKL_ELBO) -> Iterator[None]:
+    own, elbo.kl_weight = elbo.kl_weight, 1.0
+    try:
+        yield
+    finally:
+        elbo.kl_weight = own
 
 
 @contextmanager

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import random
 import re
 import shutil
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -333,6 +335,50 @@ def test_decompositions_are_exact_to_rounding(dtype, beta):
 def test_control_flow_that_depends_on_values_is_named():
     with pytest.raises(UntraceableError, match=r"cannot be compiled(.|\n)*output\.sum\(\) > 0"):
         make(Branching()).prepare(FULL, X, Y)
+
+
+class Foreign(nn.Module):
+    """Noise that torch knows nothing of."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.out, self.draw = nn.Linear(64, 10), draw
+
+    def forward(self, x):
+        return self.out(x) * self.draw()
+
+
+@pytest.mark.parametrize(
+    ("draw", "name"),
+    [(lambda: random.random(), "random"), (lambda: np.random.rand(), "numpy.random")],  # noqa: NPY002
+)
+def test_random_numbers_that_a_graph_would_freeze_are_refused(draw, name):
+    with pytest.raises(UntraceableError, match=f"draws random numbers from {name}, which"):
+        make(Foreign(draw)).prepare(FULL, X, Y)
+
+
+def test_parameters_that_a_graph_would_freeze_are_refused():
+    outside = nn.Linear(64, 1)
+
+    def model(x, y):
+        w = pyro.sample("w", LogUniform().expand([64]).to_event(1))
+        shift = pyro.module("outside", outside)(x)[:, 0]
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ w + shift, 1.0), obs=y)
+
+    guide = AdditiveNoiseGuide(model)
+    guide(X, Y.float())
+    with pytest.raises(UntraceableError, match=r'"outside\$\$\$weight" of Pyro.s global store'):
+        compile_objective(TraceAnalyticKL_ELBO(), model, guide, X, Y.float())
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_the_weight_of_the_kl_may_change_with_every_step():
+    compiled = make(dense((64, 20, 10)))
+    for weight in (0.0, 0.3, torch.tensor(0.7), 2.0):
+        compiled.objective.elbo.kl_weight = weight
+        check_equal(compiled, X, Y)
+    assert len(compiled._graphs) == 1
 
 
 @pytest.mark.usefixtures("traced_only")
