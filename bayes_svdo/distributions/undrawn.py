@@ -156,6 +156,17 @@ def drawn(value: Any) -> Any:
     return value.draw() if isinstance(value, UndrawnSample) else value
 
 
+def again(value: Tensor) -> Tensor:
+    """Another draw that has not been made yet, from the same distribution.
+
+    Raises:
+        ValueError: ``value`` has been drawn, or is no :class:`UndrawnSample` of a whole weight.
+    """
+    if not _is_undrawn(value) or value._view is not _identity:
+        raise ValueError("only a weight that has not been drawn yet can be drawn again.")
+    return UndrawnSample.of(value._draw.q, value._draw.name, value._draw.reuse)
+
+
 def _is_undrawn(value: Any) -> bool:
     return isinstance(value, UndrawnSample) and not value.is_drawn
 

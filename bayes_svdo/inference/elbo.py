@@ -8,6 +8,7 @@ and lets linear operations draw their output instead of their weights (local rep
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from torch.distributions import kl_divergence
 
 from bayes_svdo._names import closest
 from bayes_svdo.distributions.undrawn import LocalReparameterization, Reuse, WeightReused
+from bayes_svdo.models.bayesian_network import BayesianNetwork, noisy_outputs
 
 
 class ELBOTerms(NamedTuple):
@@ -107,10 +109,12 @@ class TraceAnalyticKL_ELBO(TraceMeanField_ELBO):
         self.reuse = reuse
         self.drawn = frozenset([drawn] if isinstance(drawn, str) else drawn)
         self._reused: set[str] = set()
+        self._loops_particles = False
 
     def forget_reuse(self) -> None:
         """Forget which weights were found to be used more than once."""
         self._reused.clear()
+        self._loops_particles = False
 
     def terms(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
@@ -120,6 +124,9 @@ class TraceAnalyticKL_ELBO(TraceMeanField_ELBO):
         if vectorized:
             if self.max_plate_nesting == float("inf"):
                 self._guess_max_plate_nesting(model, guide, args, kwargs)
+            terms = self._noisy_particles(model, guide, args, kwargs)
+            if terms is not None:
+                return terms
             model = self._vectorized_num_particles(model)
             guide = self._vectorized_num_particles(guide)
         runs = 1 if vectorized else self.num_particles
@@ -131,6 +138,38 @@ class TraceAnalyticKL_ELBO(TraceMeanField_ELBO):
             self._mean([particle.kl for particle in particles]),
             particles[-1].output,
         )
+
+    def _noisy_particles(self, model: Any, guide: Any, args: Any, kwargs: Any) -> ELBOTerms | None:
+        """Particles of a network none of whose weights is drawn: the KL is that of one.
+
+        None where there are others, or where ``torch.vmap`` does not take the network: recurrent
+        layers, batch normalisation in training.
+        """
+        if (
+            not isinstance(model, BayesianNetwork)
+            or not self.local_reparameterization
+            or self.drawn
+            or self._reused
+            or self._loops_particles
+        ):
+            return None
+        nesting = int(self.max_plate_nesting) - 1  # without the plate of particles, to their right
+        places = [self.num_particles, *[1] * (nesting - 1)]
+        try:
+            with warnings.catch_warnings(), noisy_outputs(*places):
+                warnings.simplefilter("error")  # of operations that vmap loops over
+                traces = self._get_trace(model, guide, args, kwargs)
+        except WeightReused as error:
+            self._reused.add(error.name)
+            return None
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # whatever it is, a loop shows whether the network can be called
+            self._loops_particles = True
+            return None
+        terms = self._score(*traces, nesting)
+        observed = {name: nll / self.num_particles for name, nll in terms.observed.items()}
+        return terms._replace(observed=observed)
 
     def _mean(self, particles: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         # A vectorised run sums over its particles, so dividing by their number serves both.
@@ -161,7 +200,8 @@ class TraceAnalyticKL_ELBO(TraceMeanField_ELBO):
     def _particle(self, model: Any, guide: Any, args: Any, kwargs: Any) -> ELBOTerms:
         while True:
             try:
-                return self._score(*self._get_trace(model, guide, args, kwargs))
+                traces = self._get_trace(model, guide, args, kwargs)
+                return self._score(*traces, self.max_plate_nesting)
             except WeightReused as error:
                 self._reused.add(error.name)
 
@@ -185,17 +225,17 @@ class TraceAnalyticKL_ELBO(TraceMeanField_ELBO):
                 f"sites: {', '.join(sites)}."
             )
 
-    def _score(self, model_trace: Any, guide_trace: Any) -> ELBOTerms:
+    def _score(self, model_trace: Any, guide_trace: Any, nesting: float) -> ELBOTerms:
         observed, kl = {}, {}
         for name, site in model_trace.nodes.items():
             if site["type"] != "sample":
                 continue
             if site["is_observed"]:
-                observed[name] = -_log_prob_sum(site, self.max_plate_nesting)
+                observed[name] = -_log_prob_sum(site, nesting)
             elif name not in guide_trace.nodes:
                 raise ValueError(f'the model samples site "{name}", but the guide does not.')
             else:
-                kl[name] = self._kl(name, guide_trace.nodes[name], site)
+                kl[name] = self._kl(name, guide_trace.nodes[name], site, nesting)
         for name, site in guide_trace.nodes.items():
             if site["type"] == "sample" and name not in model_trace.nodes:
                 if not site["infer"].get("is_auxiliary"):
@@ -204,17 +244,15 @@ class TraceAnalyticKL_ELBO(TraceMeanField_ELBO):
                         'infer={"is_auxiliary": True}, if the guide alone needs it.'
                     )
                 _check_reparameterized(name, site)
-                kl[name] = _log_prob_sum(site, self.max_plate_nesting)
+                kl[name] = _log_prob_sum(site, nesting)
         return ELBOTerms(observed, kl, model_trace.nodes["_RETURN"]["value"])
 
-    def _kl(self, name: str, guide_site: Any, model_site: Any) -> Tensor:
+    def _kl(self, name: str, guide_site: Any, model_site: Any, nesting: float) -> Tensor:
         _check_reparameterized(name, guide_site)
         try:
             kl = kl_divergence(guide_site["fn"], model_site["fn"])
         except NotImplementedError:
-            return _log_prob_sum(guide_site, self.max_plate_nesting) - _log_prob_sum(
-                model_site, self.max_plate_nesting
-            )
+            return _log_prob_sum(guide_site, nesting) - _log_prob_sum(model_site, nesting)
         if kl.shape != guide_site["fn"].batch_shape:
             raise ValueError(
                 f'at site "{name}", the guide has batch shape '

@@ -9,8 +9,9 @@ The generative story::
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from copy import copy, deepcopy
 from numbers import Integral
 from typing import Any, NoReturn, Self
@@ -29,7 +30,7 @@ from torch.nn.parameter import is_lazy
 from bayes_svdo._names import closest
 from bayes_svdo.distributions import LogUniform
 from bayes_svdo.distributions.scale_free import ScaleFreePrior
-from bayes_svdo.distributions.undrawn import constants, drawn
+from bayes_svdo.distributions.undrawn import again, constants, drawn
 from bayes_svdo.models.likelihoods import Likelihood
 
 Where = str | type[nn.Module] | Callable[[str, Tensor], bool]
@@ -181,7 +182,10 @@ def _run(net: nn.Module, weights: dict[str, Tensor], x: Any) -> tuple[Tensor, in
     batches = [w.shape[: w.dim() - len(shapes[name])] for name, w in weights.items()]
     batch = torch.broadcast_shapes(*batches)
     if not batch:
-        return _call(net, weights, inputs), 0
+        places = _NOISY_OUTPUTS.get()
+        if not places:
+            return _call(net, weights, inputs), 0
+        return _noisy(net, weights, inputs, places[0]).unflatten(0, places), len(places)
     # Vectorised particles: one network per sample, one after the other. (Under vmap recurrent
     # layers do not run, nor does batch normalisation in training.)
     flat = {
@@ -195,6 +199,37 @@ def _run(net: nn.Module, weights: dict[str, Tensor], x: Any) -> tuple[Tensor, in
     # The last dimension is where the data plate comes; plates of samples lie to its left.
     places = batch[:-1] if len(batch) > 1 and batch[-1] == 1 else batch
     return torch.stack(outputs).unflatten(0, places), len(places)
+
+
+# Leading dimensions of the output that undrawn weights are to have, if any.
+_NOISY_OUTPUTS: ContextVar[tuple[int, ...]] = ContextVar("_NOISY_OUTPUTS", default=())
+
+
+@contextmanager
+def noisy_outputs(*places: int) -> Iterator[None]:
+    """Within, networks with undrawn weights give ``places[0]`` outputs, each with its own noise.
+
+    All but the first of ``places`` are 1. What does not depend on noise, such as the products of a
+    first layer, is computed once.
+    """
+    token = _NOISY_OUTPUTS.set(places)
+    try:
+        yield
+    finally:
+        _NOISY_OUTPUTS.reset(token)
+
+
+def _noisy(
+    net: nn.Module, weights: dict[str, Tensor], inputs: tuple[Any, ...], count: int
+) -> Tensor:  # (count, M, ...)
+    def one(_: Tensor) -> Tensor:
+        return _call(net, {name: again(w) for name, w in weights.items()}, inputs)
+
+    if any(isinstance(m, nn.modules.batchnorm._NormBase) and m.training for m in net.modules()):
+        raise NotImplementedError("running statistics cannot be updated under torch.vmap.")
+    index = torch.arange(count, device=next(iter(weights.values())).device)
+    outputs: Tensor = torch.vmap(one, randomness="different")(index)
+    return outputs
 
 
 def _call(net: nn.Module, weights: dict[str, Tensor], inputs: tuple[Any, ...]) -> Tensor:

@@ -685,6 +685,43 @@ def test_vectorised_particles_have_gradients() -> None:
         assert (parameter.grad != 0).any()
 
 
+def test_vectorised_particles_are_one_call_of_the_network_each_with_its_own_noise() -> None:
+    calls = []
+
+    class Counted(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(x.shape)
+            return super().forward(x)
+
+    model = BayesianNetwork(Counted(D, K), Categorical(), M)
+    guide = AdditiveNoiseGuide(model, init_log_sigma2=-1.0)
+    elbo = TraceAnalyticKL_ELBO(num_particles=5, vectorize_particles=True, max_plate_nesting=1)
+    x, y = torch.randn(M, D), labels()
+    guide(x, y)
+    calls.clear()
+    terms = elbo.terms(model, guide, x, y)
+    assert calls == [(M, D)]
+    assert terms.output.shape == (5, M, K)
+    assert len(terms.output.flatten(1).unique(dim=0)) == 5
+    expected = F.cross_entropy(terms.output.flatten(0, 1), y.repeat(5), reduction="sum") / 5
+    torch.testing.assert_close(terms.nll, expected)
+    torch.testing.assert_close(
+        terms.total_kl(), TraceAnalyticKL_ELBO().terms(model, guide, x, y).total_kl()
+    )
+
+
+def test_particles_of_a_network_that_vmap_does_not_take_are_looped() -> None:
+    net = nn.Sequential(nn.Linear(D, 4), nn.BatchNorm1d(4), nn.Linear(4, K))
+    model = BayesianNetwork(net, Categorical(), M)
+    guide = AdditiveNoiseGuide(model, init_log_sigma2=-1.0)
+    elbo = TraceAnalyticKL_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=1)
+    x, y = torch.randn(M, D), labels()
+    guide(x, y)
+    before = int(model.net[1].num_batches_tracked)
+    assert elbo.terms(model, guide, x, y).output.shape == (3, M, K)
+    assert int(model.net[1].num_batches_tracked) == before + 3
+
+
 @pytest.mark.parametrize("nesting", [1, 2, 3])
 def test_particles_are_counted_once_however_many_plates_there_may_be(nesting: int) -> None:
     """The particles' plate is left of ``max_plate_nesting`` dimensions, most of them empty."""
