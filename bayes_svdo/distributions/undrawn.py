@@ -162,7 +162,7 @@ def again(value: Tensor) -> Tensor:
     Raises:
         ValueError: ``value`` has been drawn, or is no :class:`UndrawnSample` of a whole weight.
     """
-    if not _is_undrawn(value) or value._view is not _identity:
+    if not isinstance(value, UndrawnSample) or value.is_drawn or value._view is not _identity:
         raise ValueError("only a weight that has not been drawn yet can be drawn again.")
     return UndrawnSample.of(value._draw.q, value._draw.name, value._draw.reuse)
 

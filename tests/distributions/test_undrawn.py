@@ -978,3 +978,14 @@ def test_operations_run_on_cuda_with_the_moments_of_the_cpu() -> None:
             half = op((x, image), UndrawnSample(loc.cuda(), log_sigma2.cuda()))
         assert half.dtype == torch.float16
         assert half.isfinite().all()
+
+
+def test_a_weight_can_be_drawn_again_until_it_is_drawn():
+    weight = UndrawnSample(torch.zeros(3, 4), torch.zeros(3, 4))
+    other = undrawn_module.again(weight)
+    assert not torch.equal(F.linear(torch.ones(1, 4), weight), F.linear(torch.ones(1, 4), other))
+    drawn = UndrawnSample(torch.zeros(3, 4), torch.zeros(3, 4))
+    drawn.draw()
+    for value in (drawn, UndrawnSample(torch.zeros(3, 4), torch.zeros(3, 4)).t(), torch.zeros(3)):
+        with pytest.raises(ValueError, match="not been drawn yet can be drawn again"):
+            undrawn_module.again(value)
