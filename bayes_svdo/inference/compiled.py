@@ -12,7 +12,7 @@ import random
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
@@ -122,7 +122,8 @@ class _Graph(NamedTuple):
         if kl_weight.is_cuda:
             torch.compiler.cudagraph_mark_step_begin()
         tensors = _tensors(leaves)
-        loss, terms, score, *gradients = self.run(*self.state, kl_weight, *tensors)
+        with _autocast_traced(kl_weight.device.type):
+            loss, terms, score, *gradients = self.run(*self.state, kl_weight, *tensors)
         if kl_weight.is_cuda:  # the next step's results come to the same memory
             return loss.clone(), terms.clone(), score.clone(), gradients
         return loss, terms, score, gradients
@@ -292,7 +293,11 @@ class CompiledObjective(nn.Module):
                     _allow_non_fake_inputs=True,
                 )
                 graph = trace(*state, kl_weight, *_tensors(leaves))
-            with pyro_checks(structure=False), warnings.catch_warnings():
+            with (
+                pyro_checks(structure=False),
+                warnings.catch_warnings(),
+                _autocast_traced(kl_weight.device.type),
+            ):
                 # The checks are put back, which torch.compile turns off for good; and of what torch
                 # will give up its users need not hear.
                 warnings.simplefilter("ignore", DeprecationWarning)
@@ -447,6 +452,13 @@ def _unweighted(elbo: TraceAnalyticKL_ELBO) -> Iterator[None]:
         yield
     finally:
         elbo.kl_weight = own
+
+
+def _autocast_traced(device_type: str) -> AbstractContextManager[Any]:
+    """No autocast: its casts are in the graph, and made again they would reach the variances."""
+    if not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 @contextmanager

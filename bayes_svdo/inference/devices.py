@@ -25,6 +25,18 @@ if "forward_sync_buffers" not in signature(DistributedDataParallel).parameters:
     _NO_SYNC = {"broadcast_buffers": False}  # its older name
 
 
+class _Autocast(MixedPrecision):
+    """Mixed precision of operations alone: targets of 1000 would be rounded to multiples of 4."""
+
+    def convert_input(self, data: Any) -> Any:
+        """The data as they are; Fabric's own would be cast."""
+        return data
+
+    def convert_output(self, data: Any) -> Any:
+        """Likewise."""
+        return data
+
+
 def make_fabric(
     device: str | torch.device, devices: int | None, num_nodes: int, precision: str
 ) -> Fabric:
@@ -46,7 +58,7 @@ def make_fabric(
     check_precision(precision, where)
     numeric: dict[str, Any] = {"precision": precision}
     if precision in ("bf16-mixed", "16-mixed"):  # as an object: Fabric else announces it
-        numeric = {"plugins": MixedPrecision(precision, where.type)}  # type: ignore[arg-type]
+        numeric = {"plugins": _Autocast(precision, where.type)}  # type: ignore[arg-type]
     if os.environ.get("LT_CLI_USED"):  # `fabric run` says all else, and has launched
         return Fabric(**numeric)
     count, nodes = _launched(count, nodes)

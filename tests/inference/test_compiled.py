@@ -13,6 +13,7 @@ import pytest
 import torch
 from pyro import distributions as dist
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bayes_svdo import AdditiveNoiseGuide, BayesianNetwork, LogUniform, TraceAnalyticKL_ELBO, fit
 from bayes_svdo.inference import compiled as module
@@ -492,6 +493,37 @@ def test_inductor_gives_the_same_where_there_is_a_compiler():
             guide.log_sigma2.fc1.weight[:dead] = 20.0
         guide.prune_(3.0)
         check_equal(compiled, X, Y)
+
+
+class Products(TorchDispatchMode):
+    """The dtypes of matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.dtypes.append(result.dtype)
+        return result
+
+
+@pytest.mark.parametrize("backend", [lambda graph, _: graph, "inductor"], ids=["as is", "inductor"])
+def test_autocast_reaches_the_means_once_and_the_variances_never(backend):
+    if backend == "inductor" and not any(map(shutil.which, ("g++", "clang++"))):
+        return
+    compiled = make(dense((64, 20, 10)), backend=backend)
+    counts = []
+    for objective in (compiled.objective, compiled):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            objective(FULL, X, Y)  # compiled here
+        with Products() as products:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = objective(FULL, X, Y).loss
+            loss.backward()
+        counts.append([products.dtypes.count(d) for d in (torch.bfloat16, torch.float32)])
+    assert counts == [[5, 5], [5, 5]]  # two products forward, three backward, of each kind
 
 
 @pytest.mark.cuda
