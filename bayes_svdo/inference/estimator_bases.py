@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -84,6 +86,58 @@ class LinearClassifier(TorchClassifier):
     def predict_proba(self, X: Any) -> Array:
         """Probability of each class under these weights."""
         return as_probabilities(self.decision_function(X))
+
+
+def check_number(name: str, value: object, least: float = -math.inf) -> float:
+    """``value`` as a ``float``.
+
+    Raises:
+        ValueError: It is not a finite number of at least ``least``.
+    """
+    number = float(value) if not isinstance(value, bool) and isinstance(value, Real) else math.nan
+    if not (math.isfinite(number) and number >= least):
+        bound = "" if least == -math.inf else f" of at least {least:g}"
+        raise ValueError(f"{name} must be a finite number{bound}, but is {value!r}.")
+    return number
+
+
+def standardized(
+    inputs: Tensor, *, each: bool
+) -> tuple[Tensor, Tensor, Tensor]:  # (n, p) -> (n, p), (p,), (p,)
+    """``(inputs - mean) / scale``, ``mean`` and ``scale``; nothing in it has a unit.
+
+    Args:
+        inputs: Features, float64.
+        each: Whether every feature has its own scale, its standard deviation; otherwise all have
+            one, the root mean square of these. A feature that is constant up to rounding becomes 0.
+
+    Raises:
+        ValueError: A scale is so small that its reciprocal, and so a weight, overflows.
+    """
+    power = _power_of_2(inputs.abs().amax(0))
+    inputs = inputs / power
+    mean, spread = inputs.mean(0), inputs.std(0, correction=0)
+    constant = spread <= 10 * torch.finfo(inputs.dtype).eps * mean.abs()
+    scale = torch.where(constant, 0.0, spread * power)
+    if not each:
+        largest = _power_of_2(scale.amax())
+        scale = largest * (scale / largest).square().mean().sqrt().expand_as(scale)
+    scale = torch.where(constant, power, scale)
+    if not scale.reciprocal().isfinite().all():
+        raise ValueError(
+            "the values of X vary so little that the weights overflow; rescale them first."
+        )
+    inputs = torch.where(constant, 0.0, (inputs - mean) / (scale / power))
+    return inputs, mean * power, scale
+
+
+def _power_of_2(values: Tensor) -> Tensor:
+    """The power of 2 at or below each, 1 for 0.
+
+    Division by it rounds nothing, and what is left can be squared.
+    """
+    mantissa, _ = torch.frexp(values)
+    return torch.where(mantissa == 0, 1.0, values / (2 * mantissa))
 
 
 def as_array(values: Any) -> Any:

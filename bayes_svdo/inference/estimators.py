@@ -11,13 +11,13 @@ import warnings
 from typing import Any, Self
 
 import numpy as np
-import torch
 from sklearn.base import RegressorMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import check_is_fitted, check_random_state
 from torch import Tensor
 
 from bayes_svdo.distributions import LogUniform
+from bayes_svdo.inference.arguments import check_count
 from bayes_svdo.inference.elbo import TraceAnalyticKL_ELBO
 from bayes_svdo.inference.estimator_bases import (
     Array,
@@ -25,8 +25,11 @@ from bayes_svdo.inference.estimator_bases import (
     TorchClassifier,
     TorchEstimator,
     as_array,
+    check_number,
+    standardized,
 )
 from bayes_svdo.inference.exact_regression import fit_vdard_regression
+from bayes_svdo.inference.exact_regression_data import ConstantTargetError
 from bayes_svdo.inference.guide import AdditiveNoiseGuide
 from bayes_svdo.inference.l1 import fit_l1_logistic
 from bayes_svdo.inference.relevance_vector_machine import (
@@ -48,7 +51,10 @@ class VDARDRegressor(RegressorMixin, TorchEstimator):  # type: ignore[misc]
         kl_weight: Threshold on the squared z-score of a weight: 1.0 is the ELBO itself, ``"aic"``
             (2), ``"bic"`` (log N), or a percentage such as ``"5%"``.
         fit_intercept: Whether there is an intercept.
-        min_noise: Least standard deviation of the noise as a fraction of that of ``y``.
+        noise_precision: Precision of the noise, 1 / variance; None: learned.
+        min_noise: Least standard deviation of the noise as a fraction of that of ``y``. None: 1e-4
+            where there are fewer features than degrees of freedom (observations less the
+            intercept), else 0, no bound: there it could itself be the result.
         max_iter: Most iterations per start.
         tol: Gain in nats per observation below which it stops.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
@@ -56,7 +62,8 @@ class VDARDRegressor(RegressorMixin, TorchEstimator):  # type: ignore[misc]
     Attributes:
         coef_: Posterior means, shape ``(n_features,)``; exactly 0 where pruned.
         intercept_: Posterior mean of the intercept.
-        sigma_: Posterior standard deviations of the weights, shape ``(n_features,)``.
+        sigma_: Posterior standard deviations of the weights, shape ``(n_features,)``: the posterior
+            is factorised, so there is no covariance matrix as in ``ARDRegression``.
         log_alpha_: ``log sigma²/coef²``, shape ``(n_features,)``; inf where pruned.
         relevance_: Squared z-scores, shape ``(n_features,)``; a weight is kept above ``kl_weight``.
         alpha_: Precision of the noise, as in scikit-learn's ``ARDRegression``.
@@ -70,39 +77,44 @@ class VDARDRegressor(RegressorMixin, TorchEstimator):  # type: ignore[misc]
         kl: str = "exact",
         kl_weight: float | str = 1.0,
         fit_intercept: bool = True,
-        min_noise: float = 1e-4,
+        noise_precision: float | None = None,
+        min_noise: float | None = None,
         max_iter: int = 1000,
         tol: float | None = None,
         device: str = "auto",
     ) -> None:
         self.kl, self.kl_weight, self.fit_intercept = kl, kl_weight, fit_intercept
-        self.min_noise, self.max_iter, self.tol = min_noise, max_iter, tol
-        self.device = device
+        self.noise_precision, self.min_noise = noise_precision, min_noise
+        self.max_iter, self.tol, self.device = max_iter, tol, device
 
     def fit(self, X: Any, y: Any) -> Self:
         """Fit to ``X``, shape ``(n_samples, n_features)``, and ``y``, shape ``(n_samples,)``.
 
-        A constant ``y`` is fitted by its mean alone.
+        A ``y`` that is constant up to rounding is fitted by its mean alone.
 
         Raises:
             DegenerateObjectiveError: The objective has no maximum; the message has the remedy.
         """
         inputs, targets = self._training_data(X, y, y_numeric=True)
         targets = targets.astype(np.float64)
-        if len(targets) > 1 and np.ptp(targets) == 0 and (self.fit_intercept or not targets.any()):
+        bound = self.min_noise
+        if bound is None:
+            degrees = inputs.shape[0] - bool(self.fit_intercept)
+            bound = 1e-4 if inputs.shape[1] < degrees else 0.0
+        try:
+            found = fit_vdard_regression(
+                self._tensor(inputs),
+                self._tensor(targets),
+                kl=self.kl,  # type: ignore[arg-type]
+                kl_weight=self.kl_weight,
+                fit_intercept=self.fit_intercept,
+                noise_precision=self.noise_precision,
+                min_noise=bound,
+                max_iter=self.max_iter,
+                tol=self.tol,
+            )
+        except ConstantTargetError:
             return self._fit_constant(inputs, targets)
-        # As many features as observations can fit anything: then the bound would be the result.
-        bound = self.min_noise if inputs.shape[1] < inputs.shape[0] - self.fit_intercept else 0.0
-        found = fit_vdard_regression(
-            self._tensor(inputs),
-            self._tensor(targets),
-            kl=self.kl,  # type: ignore[arg-type]
-            kl_weight=self.kl_weight,
-            fit_intercept=self.fit_intercept,
-            min_noise=bound,
-            max_iter=self.max_iter,
-            tol=self.tol,
-        )
         if not bool(found.converged):
             warnings.warn(
                 f"max_iter={self.max_iter} iterations reached while the objective was still "
@@ -111,7 +123,7 @@ class VDARDRegressor(RegressorMixin, TorchEstimator):  # type: ignore[misc]
                 stacklevel=2,
             )
         self.coef_, self.intercept_ = as_array(found.loc), float(found.intercept)
-        self.sigma_, self.log_alpha_ = as_array(found.sigma2.sqrt()), as_array(found.log_alpha)
+        self.sigma_, self.log_alpha_ = as_array(found.sigma), as_array(found.log_alpha)
         self.relevance_, self.alpha_ = as_array(found.relevance), float(found.beta)
         self.scores_, self.n_iter_ = as_array(found.elbo_trace), int(found.n_iter)
         self._x_mean, self._num_data = as_array(found.x_mean), found.num_data
@@ -119,11 +131,13 @@ class VDARDRegressor(RegressorMixin, TorchEstimator):  # type: ignore[misc]
 
     def _fit_constant(self, inputs: Array, targets: Array) -> Self:
         num_features = inputs.shape[1]
-        self.coef_, self.intercept_ = np.zeros(num_features), float(targets[0])
+        # About the first, so that the mean of equal values is that value.
+        mean = targets[0] + (targets - targets[0]).mean()
+        self.coef_, self.intercept_ = np.zeros(num_features), float(mean)
         self.sigma_, self.relevance_ = np.zeros(num_features), np.zeros(num_features)
         self.log_alpha_ = np.full(num_features, np.inf)
         self.alpha_, self.scores_, self.n_iter_ = math.inf, np.zeros(0), 0
-        self._x_mean, self._num_data = inputs.mean(0), len(targets)
+        self._x_mean, self._num_data = np.zeros(num_features), len(targets)
         return self
 
     def predict(self, X: Any, return_std: bool = False) -> Array | tuple[Array, Array]:
@@ -139,7 +153,9 @@ class VDARDRegressor(RegressorMixin, TorchEstimator):  # type: ignore[misc]
         if not return_std:
             return mean
         noise = (1 + self.fit_intercept / self._num_data) / self.alpha_
-        return mean, np.sqrt((inputs - self._x_mean) ** 2 @ self.sigma_**2 + noise)
+        # Multiplied before they are squared: the unit of X drops out, and its square may overflow.
+        weights = np.square((inputs - self._x_mean) * self.sigma_).sum(1)
+        return mean, np.sqrt(weights + noise)
 
 
 class VDARDClassifier(LinearClassifier):
@@ -193,12 +209,13 @@ class VDARDClassifier(LinearClassifier):
 
     def fit(self, X: Any, y: Any) -> Self:
         """Fit to ``X``, shape ``(n_samples, n_features)``, and labels ``y``, ``(n_samples,)``."""
+        check_number("init_log_sigma2", self.init_log_sigma2)
+        check_number("kl_weight", self.kl_weight, least=0.0)
+        check_count("batch_size", self.batch_size)
+        check_count("max_iter", self.max_iter)
         inputs, labels = self._labelled_data(X, y)
-        mean, scale = inputs.mean(0), inputs.std(0, correction=0)
-        if not self.standardize:
-            scale = scale.square().mean().sqrt().expand_as(scale)
-        scale = torch.where(scale > 0, scale, 1.0)
-        posterior = self._fit_svi(((inputs - mean) / scale).float(), labels)
+        inputs, mean, scale = standardized(inputs, each=self.standardize)
+        posterior = self._fit_svi(inputs.float(), labels)
         (log_alpha,) = posterior.log_alpha().values()
         (weight,) = posterior.means().values()
         _, log_sigma2 = posterior.guide.parameters_of("linear.weight")
@@ -364,6 +381,8 @@ class RVMRegressor(RegressorMixin, TorchEstimator):  # type: ignore[misc]
         self.scores_, self.n_iter_ = as_array(machine.log_evidence), machine.n_iter
         if self.kernel == "linear":
             self.coef_ = as_array(machine.coefficients)
+        elif hasattr(self, "coef_"):
+            del self.coef_  # of an earlier fit with another kernel
         return self
 
     def predict(self, X: Any, return_std: bool = False) -> Array | tuple[Array, Array]:
@@ -384,12 +403,20 @@ class RVMClassifier(TorchClassifier):
         degree: Degree of ``"poly"``.
         coef0: Constant of ``"poly"``.
         fit_intercept: Whether there are intercepts.
+        method: ``"fast"`` (Tipping & Faul 2003), ``"mackay"`` or ``"em"``. An iteration of the last
+            two costs ``n_samples^3`` at first (with a kernel).
         tol: Gain in log evidence, in nats, below which nothing is done.
         max_iter: Most rounds for each class.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
 
     Attributes:
         relevance_: Indices of the vectors (features for ``"linear"``) relevant to any class.
+        machine_relevance_: Indices relevant to each class against the rest, a list of arrays; of
+            one array for two classes, as are the next four.
+        dual_coef_: Posterior means of the weights of these.
+        sigma_: Posterior covariances of these weights.
+        lambda_: Prior precisions of these weights.
+        scores_: Log evidence after each round, nats.
         coef_: Weights, shape ``(n_classes, n_features)``, or ``(1, n_features)`` for two classes;
             for ``kernel="linear"`` only.
         intercept_: Intercepts, shape ``(n_classes,)`` or ``(1,)``.
@@ -404,13 +431,14 @@ class RVMClassifier(TorchClassifier):
         degree: int = 3,
         coef0: float = 1.0,
         fit_intercept: bool = True,
+        method: str = "fast",
         tol: float = 1e-3,
         max_iter: int = 1000,
         device: str = "auto",
     ) -> None:
         self.kernel, self.gamma, self.degree, self.coef0 = kernel, gamma, degree, coef0
-        self.fit_intercept, self.tol = fit_intercept, tol
-        self.max_iter, self.device = max_iter, device
+        self.fit_intercept, self.method = fit_intercept, method
+        self.tol, self.max_iter, self.device = tol, max_iter, device
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -426,14 +454,22 @@ class RVMClassifier(TorchClassifier):
             degree=self.degree,
             coef0=self.coef0,
             fit_intercept=self.fit_intercept,
+            method=self.method,  # type: ignore[arg-type]
             tol=self.tol,
             max_iter=self.max_iter,
         )
         self._machine = machine
         self.relevance_, self.n_iter_ = as_array(machine.relevance), machine.n_iter
         self.intercept_ = np.asarray([float(m.intercept) for m in machine.machines])
+        self.machine_relevance_ = [as_array(m.relevance) for m in machine.machines]
+        self.dual_coef_ = [as_array(m.weights) for m in machine.machines]
+        self.sigma_ = [as_array(m.covariance) for m in machine.machines]
+        self.lambda_ = [as_array(m.alpha) for m in machine.machines]
+        self.scores_ = [as_array(m.log_evidence) for m in machine.machines]
         if self.kernel == "linear":
             self.coef_ = np.stack([as_array(m.coefficients) for m in machine.machines])
+        elif hasattr(self, "coef_"):
+            del self.coef_  # of an earlier fit with another kernel
         return self
 
     def decision_function(self, X: Any) -> Array:

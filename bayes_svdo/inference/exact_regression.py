@@ -65,7 +65,8 @@ class VDARDRegression:
     Attributes:
         loc: Posterior means of the weights, (..., D); exactly 0 where pruned.
         log_alpha: log of the noise-to-signal ratio sigma²/loc², (..., D); inf where pruned.
-        sigma2: Posterior variances of the weights, (..., D); 0 where pruned.
+        sigma2: Posterior variances of the weights, (..., D); 0 where pruned. They may overflow or
+            underflow where ``sigma`` does not.
         relevance: z² of each weight, (..., D): its squared z-score against the residual that
             leaves it out. A weight is kept if it exceeds ``kl_weight``.
         intercept: Posterior mean of the intercept, (...); 0 if none was fitted.
@@ -107,6 +108,11 @@ class VDARDRegression:
         return self.log_alpha.isfinite()
 
     @property
+    def sigma(self) -> Tensor:  # (..., D)
+        """Posterior standard deviations of the weights; 0 where pruned."""
+        return torch.where(self.kept, (0.5 * self.log_alpha).exp() * self.loc.abs(), 0.0)
+
+    @property
     def start(self) -> Tensor:  # (...)
         """The start that reached the highest ELBO, as an index into ``starts``."""
         return self.start_elbo.argmax(-1)
@@ -138,7 +144,8 @@ class VDARDRegression:
         if not return_std:
             return mean
         centred = x - self.x_mean[..., None, :]
-        variance = (centred.square() @ self.sigma2[..., None])[..., 0]
+        # Multiplied before they are squared: the unit of x drops out, and its square may overflow.
+        variance = (centred * self.sigma[..., None, :]).square().sum(-1)
         noise = (1 + self.fit_intercept / self.num_data) / self.beta
         return mean, (variance + noise[..., None]).sqrt()
 
@@ -209,7 +216,7 @@ def fit_vdard_regression(
     >>> fit_vdard_regression(x, y, kl_weight="bic", fit_intercept=False).kept
     tensor([ True,  True, False, False])
     """
-    check_options(method, min_noise, max_iter, tol)
+    fit_intercept = check_options(kl, method, fit_intercept, min_noise, max_iter, tol)
     x, y = checked_data(x, y, dtype)
     num_data, dim = x.shape[-2:]
     degrees = num_data - fit_intercept

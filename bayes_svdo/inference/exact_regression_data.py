@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,15 +25,14 @@ class DegenerateObjectiveError(ValueError):
     """The objective has no maximum: the noise would vanish and the ELBO grow without bound."""
 
 
+class ConstantTargetError(DegenerateObjectiveError):
+    """The target is constant up to rounding, and its noise is to be learned."""
+
+
 def checked_data(x: Tensor, y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``x`` (..., N, D) and ``y`` (..., N) in ``dtype``, with the same leading dimensions."""
-    for name, value in (("x", x), ("y", y)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
-        if value.layout != torch.strided or value.is_complex():
-            raise TypeError(
-                f"{name} must be a dense tensor of real numbers, got {value.layout}, {value.dtype}."
-            )
+    _check_tensor("x", x)
+    _check_tensor("y", y)
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype must be torch.float64 or torch.float32, got {dtype}.")
     if x.device != y.device:
@@ -64,10 +64,7 @@ def checked_data(x: Tensor, y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
 
 def checked_inputs(x: Tensor, dim: int, dtype: torch.dtype) -> Tensor:  # (..., M, D)
     """Inputs to predict at, in ``dtype``."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}.")
-    if x.layout != torch.strided or x.is_complex():
-        raise TypeError(f"x must be a dense tensor of real numbers, got {x.layout}, {x.dtype}.")
+    _check_tensor("x", x)
     if x.dim() < 2 or x.shape[-1] != dim:
         raise ValueError(
             f"x must have shape (..., observations, {dim}) as in the fit, got {tuple(x.shape)}."
@@ -78,25 +75,30 @@ def checked_inputs(x: Tensor, dim: int, dtype: torch.dtype) -> Tensor:  # (..., 
     return x.to(dtype)
 
 
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} must be a torch.Tensor, got {type(value).__name__}.\n"
+            f"  Try torch.as_tensor({name})."
+        )
+    if value.layout != torch.strided or value.is_complex():
+        dense = value.layout == torch.strided
+        raise TypeError(
+            f"{name} must be a dense tensor of real numbers, got {value.layout}, {value.dtype}.\n"
+            f"  Try {name}.{'real' if dense else 'to_dense()'}."
+        )
+
+
 def kl_weight_of(kl_weight: float | str, num_data: int) -> float:
     """The number behind a name; see :func:`fit_vdard_regression`."""
     if isinstance(kl_weight, str):
-        text = kl_weight.strip().lower()
-        if text == "aic":
-            return 2.0
-        if text == "bic":
-            return math.log(num_data)
-        try:
-            share = float(text.removesuffix("%")) / 100 if text.endswith("%") else math.nan
-        except ValueError:
-            share = math.nan
-        if not 0 < share < 1:
+        weight = _named_kl_weight(kl_weight, num_data)
+        if not 0 < weight < math.inf:  # "bic" of one observation, or an absurd percentage
             raise ValueError(
-                f'kl_weight must be a positive number, "aic", "bic" or a percentage such as "5%", '
-                f"got {kl_weight!r}."
+                f"kl_weight must be positive and finite, got {kl_weight!r}, which is {weight:g} "
+                f"for n_samples = {num_data}.\n  Try a number, such as 2.0."
             )
-        # The quantile of chi-square with one degree of freedom.
-        return 2 * float(torch.erfinv(torch.tensor(1 - share, dtype=torch.float64)).square())
+        return weight
     if not _is_a(Real, kl_weight):
         raise TypeError(
             'kl_weight must be a positive number, "aic", "bic" or a percentage such as "5%", got '
@@ -107,12 +109,42 @@ def kl_weight_of(kl_weight: float | str, num_data: int) -> float:
     return float(kl_weight)
 
 
+def _named_kl_weight(name: str, num_data: int) -> float:
+    text = name.strip().lower()
+    if text == "aic":
+        return 2.0
+    if text == "bic":
+        return math.log(num_data)
+    try:
+        share = float(text.removesuffix("%")) / 100 if text.endswith("%") else math.nan
+    except ValueError:
+        share = math.nan
+    if not 0 < share < 1:
+        raise ValueError(
+            f'kl_weight must be a positive number, "aic", "bic" or a percentage such as "5%", '
+            f"got {name!r}."
+        )
+    # The quantile of chi-square with one degree of freedom.
+    return 2 * float(torch.erfinv(torch.tensor(1 - share, dtype=torch.float64)).square())
+
+
 def _is_a(kind: type, value: object) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
-def check_options(method: str, min_noise: float, max_iter: int, tol: float | None) -> None:
-    """Refuse options out of range."""
+def check_options(
+    kl: object,
+    method: str,
+    fit_intercept: object,
+    min_noise: float,
+    max_iter: int,
+    tol: float | None,
+) -> bool:
+    """Refuse options out of range; whether there is an intercept, as a ``bool``."""
+    if not isinstance(kl, str):
+        raise TypeError(f"kl must be the name of a KL, such as 'exact', got {kl!r}.")
+    if not (isinstance(fit_intercept, np.bool_ | Integral) and fit_intercept in (0, 1)):
+        raise TypeError(f"fit_intercept must be True or False, got {fit_intercept!r}.")
     for name, value, kind, wanted in (
         ("min_noise", min_noise, Real, "a number"),
         ("max_iter", max_iter, Integral, "an integer"),
@@ -128,6 +160,7 @@ def check_options(method: str, min_noise: float, max_iter: int, tol: float | Non
         raise ValueError(f"max_iter must be at least 1, got {max_iter}.")
     if tol is not None and not tol > 0:
         raise ValueError(f"tol must be positive, got {tol}.")
+    return bool(fit_intercept)
 
 
 def start_names(
@@ -139,6 +172,8 @@ def start_names(
         if dim >= degrees:
             return (first,)
         return ("zero", "ols") if method == "joint" else ("ols",)
+    if not isinstance(starts, Sequence):
+        raise TypeError(f'starts must be a tuple of "zero", "ols" and "ridge", got {starts!r}.')
     names = tuple(starts)
     unknown = [name for name in names if name not in get_args(Start)]
     if isinstance(starts, str) or not names or unknown:
@@ -235,7 +270,16 @@ def given_precision(
     """A known precision of the noise, or None."""
     if noise_precision is None:
         return None
-    given = torch.as_tensor(noise_precision).to(y_scale)
+    try:
+        given = torch.as_tensor(noise_precision)
+    except (TypeError, ValueError, RuntimeError):
+        given = torch.tensor(False)
+    if given.dtype == torch.bool or given.is_complex():
+        raise TypeError(
+            "noise_precision must be a positive number, a tensor of such numbers or None, got "
+            f"{noise_precision!r}."
+        )
+    given = given.to(y_scale)
     if not ((given > 0) & given.isfinite()).all():
         raise ValueError(f"noise_precision must be positive and finite, got {noise_precision}.")
     try:
@@ -251,7 +295,7 @@ def given_precision(
 def check_constant(data: NaturalUnits) -> None:
     """Refuse a constant ``y``, whose noise cannot be learned."""
     if data.constant.any():
-        raise DegenerateObjectiveError(
+        raise ConstantTargetError(
             f"y is constant{_which(data.constant)}, so there is no noise to estimate and the ELBO "
             "is infinite.\n  Pass noise_precision if the noise is known; every weight is then "
             "pruned."

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -22,6 +23,7 @@ from bayes_svdo.inference.rvm_evidence import (
     Array,
     Moments,
     NoiseRange,
+    WeightPosterior,
     maximise_evidence,
     weight_posterior,
 )
@@ -108,7 +110,7 @@ class LogisticSearch:
         Returns:
             The mode, the log evidence after each round, and whether the search ended by itself.
         """
-        best = self._empty()
+        best = self.empty()
         at_rest: LaplaceMode | None = None
         trace: list[float] = []
         broken: list[int] = []
@@ -133,11 +135,12 @@ class LogisticSearch:
             trace.append(best.log_evidence)
         return best, trace, False
 
-    def _empty(self) -> LaplaceMode:
+    def empty(self) -> LaplaceMode:
+        """The mode without basis functions."""
         share = float(self.targets.mean())
         intercept = math.log(share / (1 - share)) if self.design.centred else 0.0
         none = self.targets.new_empty(0, len(self.targets))
-        return self._mode([], none, np.empty(0), np.empty(0), intercept)
+        return self.mode([], none, np.empty(0), np.empty(0), intercept)
 
     def _candidate(
         self, mode: LaplaceMode, barred: list[int], tol: float
@@ -164,7 +167,7 @@ class LogisticSearch:
     def _with(self, mode: LaplaceMode, index: int, log_alpha: float) -> LaplaceMode:
         """The mode with one more basis function."""
         row = self.design.rows(torch.tensor([index], device=mode.phi.device)).double()
-        return self._mode(
+        return self.mode(
             [*mode.indices, index],
             torch.cat([mode.phi, row]),
             np.append(mode.log_alpha, log_alpha),
@@ -182,30 +185,42 @@ class LogisticSearch:
         for _ in range(_TURNS):
             if not mode.indices:
                 break
-            # A regression on the targets whose optimum, under these precisions, is the mode.
-            pull = mode.at.gram @ mode.mean + np.exp(mode.log_alpha) * mode.mean
-            data = Moments(gram=mode.at.gram, moment=pull, energy=0.0, num_data=0)
-            start = weight_posterior(data, mode.log_alpha, 0.0)
-            if start is None:
-                raise _singular(len(mode.indices))
+            data, start = as_regression(mode)
             kept, new = maximise_evidence(data, start, _NO_NOISE, tol=1e-3 * tol, max_steps=2)
             change = np.abs(new.log_alpha - mode.log_alpha[kept]).max(initial=0.0)
             done = len(kept) == len(mode.indices) and change < tol
-            mode = self._mode(
-                [mode.indices[i] for i in kept],
-                mode.phi[torch.from_numpy(kept).to(mode.phi.device)],
-                new.log_alpha,
-                new.mean,
-                mode.intercept,
-            )
+            mode = self.moved(mode, kept, new.log_alpha, new.mean)
             if done:
                 break
         return mode
 
-    def _mode(
+    def moved(
+        self, mode: LaplaceMode, kept: NDArray[np.intp], log_alpha: Array, mean: Array
+    ) -> LaplaceMode:
+        """The mode under other precisions, of the basis functions at the positions ``kept``."""
+        return self.mode(
+            [mode.indices[i] for i in kept],
+            mode.phi[torch.from_numpy(kept).to(mode.phi.device)],
+            log_alpha,
+            mean,
+            mode.intercept,
+        )
+
+    def mode(
         self, indices: list[int], phi: Tensor, log_alpha: Array, mean: Array, intercept: float
     ) -> LaplaceMode:
-        """Newton's method from ``mean`` and ``intercept``."""
+        """Newton's method from ``mean`` and ``intercept``.
+
+        Args:
+            indices: The ``m`` basis functions in use.
+            phi: ``(m, num_data)`` their values, as in :class:`LaplaceMode`.
+            log_alpha: ``(m,)``.
+            mean: ``(m,)``.
+            intercept: Stays as it is in a design that is not centred.
+
+        Raises:
+            ArithmeticError: The posterior precision is singular to rounding.
+        """
         alpha = np.exp(log_alpha)
         height = self._height(phi, alpha, mean, intercept)
         while True:
@@ -273,6 +288,20 @@ class LogisticSearch:
 
     def _to(self, values: Array) -> Tensor:
         return torch.from_numpy(values).to(self.targets.device)
+
+
+def as_regression(mode: LaplaceMode) -> tuple[Moments, WeightPosterior]:
+    """A regression of noise precision 1 whose weights have the same posterior as ``mode``.
+
+    Raises:
+        ArithmeticError: The posterior precision is singular to rounding.
+    """
+    pull = mode.at.gram @ mode.mean + np.exp(mode.log_alpha) * mode.mean
+    data = Moments(gram=mode.at.gram, moment=pull, energy=0.0, num_data=0)
+    posterior = weight_posterior(data, mode.log_alpha, 0.0)
+    if posterior is None:
+        raise _singular(len(mode.indices))
+    return data, posterior
 
 
 def _host(values: Tensor) -> Array:

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from bayes_svdo.inference.estimator_bases import TorchEstimator, as_array, as_probabilities
+from bayes_svdo.inference.estimator_bases import (
+    TorchEstimator,
+    as_array,
+    as_probabilities,
+    standardized,
+)
 
 
 class Estimator(TorchEstimator):
@@ -43,3 +48,34 @@ def test_read_only_and_strided_arrays_are_taken():
 def test_an_unknown_device_is_refused():
     with pytest.raises(ValueError, match="device"):
         Estimator("gpu0")._tensor(np.zeros((2, 2)))
+
+
+@pytest.mark.parametrize("each", [True, False])
+def test_standardised_features_are_the_same_in_any_units(each):
+    x = torch.randn(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x[:, 1] *= 4
+    mean, scale = x.mean(0), x.std(0, correction=0)
+    scale = scale if each else scale.square().mean().sqrt().expand(3)
+    for unit in (2.0**-1000, 1.0, 2.0**1000):  # powers of 2, which round nothing
+        inputs, found_mean, found_scale = standardized(x * unit, each=each)
+        assert torch.allclose(inputs, (x - mean) / scale)
+        assert torch.allclose(found_mean, mean * unit, atol=0)
+        assert torch.allclose(found_scale, scale * unit, atol=0)
+
+
+@pytest.mark.parametrize("each", [True, False])
+@pytest.mark.parametrize("value", [0.0, 0.1, -1e300, 1e-300])
+def test_a_feature_that_is_constant_up_to_rounding_becomes_zero(value, each):
+    x = torch.full((7, 2), value, dtype=torch.float64)
+    x[:, 0] = torch.arange(7)
+    x[2, 1] *= 1 + 2**-52
+    inputs, mean, scale = standardized(x, each=each)
+    assert not inputs[:, 1].any()
+    assert inputs[:, 0].std(correction=0) == pytest.approx(1 if each else 2**0.5)
+    assert mean[1] == pytest.approx(value)
+    assert scale[1] == pytest.approx(abs(value) or 1, rel=1)
+
+
+def test_features_without_a_reciprocal_are_refused():
+    with pytest.raises(ValueError, match="overflow; rescale"):
+        standardized(torch.tensor([[0.0], [1e-310]], dtype=torch.float64), each=True)

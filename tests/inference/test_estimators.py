@@ -24,6 +24,7 @@ from bayes_svdo.inference.estimators import (
 )
 from bayes_svdo.inference.exact_regression import DegenerateObjectiveError
 from bayes_svdo.inference.history import History
+from bayes_svdo.inference.rvm_classification import fit_rvm_classification
 
 # Few steps: the checks look at behaviour, on problems that a handful of steps solve.
 QUICK = VDARDClassifier(max_iter=150, lr=0.05, random_state=0)
@@ -190,3 +191,140 @@ def test_a_constant_target_is_its_own_prediction(diabetes):
     fitted = VDARDRegressor().fit(diabetes[0], np.full(442, 3.0))
     assert (fitted.predict(diabetes[0]) == 3.0).all()
     assert not fitted.coef_.any()
+
+
+def test_a_target_that_is_constant_up_to_rounding_is_constant(diabetes):
+    x = diabetes[0]
+    fitted = VDARDRegressor().fit(x, np.where(x[:, 0] > 0, 0.1 + 0.2, 0.3))
+    assert not fitted.coef_.any()
+    assert fitted.alpha_ == np.inf
+    mean, std = fitted.predict(x, return_std=True)
+    np.testing.assert_allclose(mean, 0.3, rtol=1e-15)
+    assert not std.any()
+    with pytest.raises(ValueError, match="max_iter must be"):
+        VDARDRegressor(max_iter=0).fit(x, np.ones(len(x)))
+
+
+def test_a_constant_target_with_a_known_noise_is_as_uncertain_as_that(diabetes):
+    fitted = VDARDRegressor(noise_precision=4.0).fit(diabetes[0], np.full(442, 0.3))
+    assert not fitted.coef_.any()
+    assert fitted.alpha_ == pytest.approx(4.0)
+    _, std = fitted.predict(diabetes[0], return_std=True)
+    np.testing.assert_allclose(std, 0.5 * np.sqrt(1 + 1 / 442))
+
+
+@pytest.mark.parametrize("remedy", [{"min_noise": 1e-3}, {"noise_precision": 1e4}], ids=str)
+def test_what_the_error_of_a_perfect_fit_advises_works(remedy):
+    """Where there are more features than observations too."""
+    x = np.random.default_rng(0).standard_normal((20, 40))
+    y = x[:, 0]
+    with pytest.raises(DegenerateObjectiveError, match=next(iter(remedy))):
+        VDARDRegressor(kl_weight=2.0).fit(x, y)
+    fitted = VDARDRegressor(kl_weight=2.0, **remedy).fit(x, y)
+    precision = remedy.get("noise_precision", 1 / (1e-3 * y.std()) ** 2)
+    assert fitted.alpha_ == pytest.approx(precision, rel=0.1)
+    assert fitted.coef_[0] == pytest.approx(1, abs=0.01)
+
+
+def test_a_perfect_fit_of_few_features_is_bounded_by_default(diabetes):
+    x = diabetes[0]
+    fitted = VDARDRegressor().fit(x, x[:, 2])
+    assert fitted.alpha_ == pytest.approx(1 / (1e-4 * x[:, 2].std()) ** 2, rel=0.05)
+    with pytest.raises(DegenerateObjectiveError, match="min_noise"):
+        VDARDRegressor(min_noise=0.0).fit(x, x[:, 2])
+
+
+@pytest.mark.parametrize("unit", [1e-200, 1e-160, 1e200])
+def test_the_predictive_deviation_does_not_depend_on_units(diabetes, unit):
+    x, y = diabetes
+    plain, scaled = VDARDRegressor().fit(x, y), VDARDRegressor().fit(x * unit, y)
+    np.testing.assert_allclose(scaled.sigma_ * unit, plain.sigma_)
+    expected = plain.predict(x, return_std=True)
+    np.testing.assert_allclose(scaled.predict(x * unit, return_std=True), expected)
+
+
+@pytest.mark.parametrize("machine", [RVMRegressor, RVMClassifier])
+def test_no_coefficients_outlive_the_kernel_they_belong_to(cancer, machine):
+    fitted = machine(kernel="linear").fit(cancer[0], cancer[1])
+    assert fitted.coef_.shape[-1] == 30
+    fitted.set_params(kernel="rbf").fit(cancer[0], cancer[1])
+    assert not hasattr(fitted, "coef_")
+
+
+@pytest.mark.parametrize("method", ["mackay", "em"])
+def test_the_older_updates_of_the_classifier_are_those_of_the_function(method):
+    x, y = load_iris(return_X_y=True)
+    fitted = RVMClassifier(kernel="linear", method=method).fit(x, y)
+    machine = fit_rvm_classification(torch.as_tensor(x), torch.as_tensor(y), method=method)
+    np.testing.assert_array_equal(
+        fitted.predict_proba(x), machine.predict_proba(torch.as_tensor(x))
+    )
+    assert fitted.n_iter_ == machine.n_iter
+    assert fitted.n_iter_ != clone(fitted).set_params(method="fast").fit(x, y).n_iter_
+    with pytest.raises(ValueError, match=r"method must be one of .*, got 'slow'"):
+        RVMClassifier(method="slow").fit(x, y)
+
+
+def test_the_machines_of_a_classifier_can_be_looked_at():
+    x, y = load_iris(return_X_y=True)
+    fitted = RVMClassifier(kernel="linear").fit(x, y)
+    parts = (fitted.machine_relevance_, fitted.dual_coef_, fitted.sigma_, fitted.lambda_)
+    assert [len(part) for part in (*parts, fitted.scores_)] == [3] * 5
+    for coef, index, weights, covariance, precision in zip(fitted.coef_, *parts, strict=True):
+        assert set(index) <= set(fitted.relevance_)
+        np.testing.assert_array_equal(coef[index], weights)
+        assert np.count_nonzero(coef) == len(index) == len(precision)
+        assert covariance.shape == (len(index), len(index))
+        assert (np.diag(covariance) < 1 / precision).all()  # data narrow the prior
+    assert all((np.diff(scores) > 0).all() for scores in fitted.scores_)
+    assert max(map(len, fitted.scores_)) == fitted.n_iter_
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("batch_size", 0),
+        ("max_iter", 0),
+        ("max_iter", -5),
+        ("max_iter", 2.5),
+        ("kl_weight", "bic"),
+        ("kl_weight", -1.0),
+        ("kl_weight", np.inf),
+        ("init_log_sigma2", "small"),
+    ],
+)
+def test_bad_options_of_the_svi_classifier_are_named(cancer, name, value):
+    with pytest.raises(ValueError, match=rf"{name} must be .* but is {value!r}"):
+        VDARDClassifier(**{name: value}).fit(*cancer)
+
+
+@pytest.mark.parametrize(
+    ("standardize", "unit"),
+    [
+        (True, 1e-200),
+        (True, 1e200),
+        (True, [1e170, 1.0, 1e-200, 1.0]),
+        (False, 1e-200),
+        (False, 1e200),
+    ],
+)
+def test_no_unit_is_too_large_or_too_small(standardize, unit):
+    x = np.random.default_rng(0).standard_normal((200, 4))
+    y = x[:, 0] > 0
+    model = VDARDClassifier(max_iter=100, lr=0.05, standardize=standardize, random_state=0)
+    plain, scaled = clone(model).fit(x, y), clone(model).fit(x * unit, y)
+    assert plain.score(x, y) > 0.95
+    np.testing.assert_allclose(scaled.coef_ * unit, plain.coef_, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(
+        scaled.predict_proba(x * unit), plain.predict_proba(x), rtol=1e-3, atol=1e-5
+    )
+
+
+def test_a_feature_that_is_constant_up_to_rounding_tells_nothing():
+    x = np.random.default_rng(0).standard_normal((200, 2))
+    y = x[:, 0] > 0
+    x[:, 1] = np.where(y, 0.1 + 0.2, 0.3)
+    fitted = VDARDClassifier(max_iter=100, lr=0.05, random_state=0).fit(x, y)
+    same = x * [1, 0] + [0, 0.3]
+    np.testing.assert_allclose(fitted.predict_proba(x), fitted.predict_proba(same), rtol=1e-9)
+    assert fitted.score(x, y) > 0.95

@@ -318,13 +318,6 @@ def test_float32_agrees_to_its_precision(problem) -> None:
     assert torch.allclose(fit.loc.double(), exact.loc, atol=1e-4)
 
 
-def test_integers_are_real_numbers(problem) -> None:
-    x, y = (10 * v for v in problem())
-    fit = fit_vdard_regression(x.round().long(), y.round().long())
-    exact = fit_vdard_regression(x.round(), y.round())
-    assert torch.equal(fit.loc, exact.loc)
-
-
 def test_results_can_go_on_with_autograd_and_inputs_are_left_alone(problem) -> None:
     x, y = problem()
     x_before, y_before = x.clone(), y.clone()

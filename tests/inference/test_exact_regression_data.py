@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -15,7 +17,6 @@ from bayes_svdo.inference.exact_regression import (
 from bayes_svdo.inference.exact_regression_data import (
     check_constant,
     check_interpolation,
-    check_options,
     checked_data,
     checked_inputs,
     given_precision,
@@ -49,6 +50,24 @@ def test_extreme_units_neither_overflow_nor_underflow(problem) -> None:
         fit_vdard_regression(x * 1e-200, y * 1e200)
 
 
+@pytest.mark.parametrize("unit", [1e-200, 1e-160, 1e160, 1e200])
+def test_the_predictive_deviation_needs_no_squares_of_units(unit: float, problem) -> None:
+    x, y = problem()
+    fit, other = fit_vdard_regression(x, y), fit_vdard_regression(x * unit, y)
+    assert torch.allclose(other.sigma * unit, fit.sigma)
+    for found, expected in zip(
+        other.predict(x * unit, return_std=True), fit.predict(x, return_std=True), strict=True
+    ):
+        assert torch.allclose(found, expected)
+
+
+def test_integers_are_real_numbers(problem) -> None:
+    x, y = (10 * v for v in problem())
+    fit = fit_vdard_regression(x.round().long(), y.round().long())
+    exact = fit_vdard_regression(x.round(), y.round())
+    assert torch.equal(fit.loc, exact.loc)
+
+
 @pytest.mark.parametrize(
     ("name", "threshold"),
     [
@@ -76,6 +95,7 @@ def test_kl_weight_by_name_is_a_chi_square_threshold(
         ({"kl_weight": "cic"}, r"kl_weight must be .*got 'cic'"),
         ({"kl_weight": "x%"}, r"kl_weight must be .*got 'x%'"),
         ({"kl_weight": "200%"}, r"kl_weight must be .*got '200%'"),
+        ({"kl_weight": "1e-20%"}, "kl_weight must be positive and finite, got '1e-20%', which is"),
         ({"method": "newton"}, 'method must be "joint" or "alternating", got \'newton\''),
         ({"starts": ()}, r"starts must be a tuple of .*got \(\)"),
         ({"starts": "zero"}, "starts must be a tuple of .*got 'zero'"),
@@ -103,9 +123,21 @@ def test_a_bad_option_is_named(options: dict[str, object], message: str, problem
         (lambda x, y: (x[:1], y[:1]), ValueError, "n_samples = 1"),
         (lambda x, y: (x * math.nan, y), ValueError, r"x contains NaN or infinity \(960 of 960"),
         (lambda x, y: (x, y / 0), ValueError, r"y contains NaN or infinity \(80 of 80"),
-        (lambda x, y: (x.numpy(), y), TypeError, "x must be a torch.Tensor, got ndarray"),
-        (lambda x, y: (x.to_sparse(), y), TypeError, "x must be a dense tensor .*sparse_coo"),
-        (lambda x, y: (x, y + 0j), TypeError, "y must be a dense tensor of real .*complex128"),
+        (
+            lambda x, y: (x, y.numpy()),
+            TypeError,
+            r"(?s)y must be a torch.Tensor, got ndarray.*Try torch\.as_tensor\(y\)",
+        ),
+        (
+            lambda x, y: (x.to_sparse(), y),
+            TypeError,
+            r"(?s)x must be a dense tensor .*sparse_coo.*Try x\.to_dense\(\)",
+        ),
+        (
+            lambda x, y: (x, y + 0j),
+            TypeError,
+            r"(?s)y must be a dense tensor of real .*complex128.*Try y\.real",
+        ),
         (lambda x, y: (x.expand(2, 80, 12), y.expand(3, 80)), ValueError, "do not broadcast"),
         (lambda x, y: (x.expand(0, 80, 12), y), ValueError, "no problem to fit"),
         (lambda x, y: (x.to("meta"), y), TypeError, "x is on meta but y is on cpu"),
@@ -268,8 +300,10 @@ def test_inputs_share_their_leading_dimensions() -> None:
     assert y.dtype == torch.float64
     with pytest.raises(ValueError, match=r"observations, 2\).*\(5,\)"):
         checked_inputs(torch.ones(5), 2, torch.float64)
-    with pytest.raises(TypeError, match=r"x must be a torch\.Tensor, got list"):
+    with pytest.raises(TypeError, match=r"(?s)x must be a torch\.Tensor, got list.*as_tensor\(x\)"):
         checked_inputs([1.0], 1, torch.float64)
+    with pytest.raises(TypeError, match=r"(?s)x must be a dense tensor .*Try x\.to_dense\(\)"):
+        checked_inputs(torch.ones(5, 2).to_sparse(), 2, torch.float64)
     with pytest.raises(TypeError, match=r"x must be a dense tensor of real numbers.*complex64"):
         checked_inputs(torch.ones(5, 2) + 0j, 2, torch.float64)
     with pytest.raises(ValueError, match=r"x contains NaN or infinity"):
@@ -286,11 +320,37 @@ def test_starts_follow_from_what_there_is_to_fit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("min_noise", "0"), ("min_noise", True), ("max_iter", 1.5), ("tol", "1")]
+    ("name", "value"),
+    [
+        ("min_noise", "0"),
+        ("min_noise", True),
+        ("max_iter", 1.5),
+        ("tol", "1"),
+        ("fit_intercept", "no"),
+        ("fit_intercept", None),
+        ("noise_precision", "a"),
+        ("noise_precision", True),
+        ("noise_precision", 1j),
+        ("starts", 3),
+        ("kl", ["exact"]),
+    ],
 )
-def test_options_of_the_wrong_type_are_named(name: str, value: object) -> None:
-    options = {"min_noise": 0.0, "max_iter": 5, "tol": None, name: value}
-    with pytest.raises(TypeError, match=rf"{name} must be .*got {value!r}"):
-        check_options("joint", **options)  # type: ignore[arg-type]
+def test_options_of_the_wrong_type_are_named(name: str, value: object, problem) -> None:
+    with pytest.raises(TypeError, match=rf"{name} must be .*got {re.escape(repr(value))}"):
+        fit_vdard_regression(*problem(), **{name: value})  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="kl_weight must be"):
         kl_weight_of(None, 10)  # type: ignore[arg-type]
+
+
+def test_bic_of_one_observation_is_no_threshold() -> None:
+    x, y = torch.ones(1, 1), torch.ones(1)
+    with pytest.raises(ValueError, match="got 'bic', which is 0 for n_samples = 1"):
+        fit_vdard_regression(x, y, kl_weight="bic", fit_intercept=False, noise_precision=1.0)
+
+
+def test_a_switch_is_true_or_false_in_any_library(problem) -> None:
+    expected = fit_vdard_regression(*problem(), fit_intercept=False)
+    for no in (np.False_, 0):
+        fit = fit_vdard_regression(*problem(), fit_intercept=no)  # type: ignore[arg-type]
+        assert fit.fit_intercept is False
+        assert torch.equal(fit.loc, expected.loc)

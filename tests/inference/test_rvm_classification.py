@@ -169,11 +169,56 @@ def test_a_kernel_not_kept_in_memory_gives_the_same_machine():
     torch.testing.assert_close(again.predict_proba(x), kept.predict_proba(x))
 
 
+# The older updates.
+
+
+@pytest.mark.parametrize("method", ["mackay", "em"])
+@pytest.mark.parametrize("data", [sparse_data, three_classes])
+def test_methods_agree_where_there_is_one_maximum(data, method):
+    x, y = data()
+    fast = fit_rvm_classification(x, y)
+    other = fit_rvm_classification(x, y, method=method, tol=1e-5, max_iter=5000)
+    assert other.converged
+    for ours, theirs in zip(other.machines, fast.machines, strict=True):
+        assert torch.equal(ours.relevance, theirs.relevance)
+        assert float(ours.log_evidence[-1] - theirs.log_evidence[-1]) == pytest.approx(0, abs=1e-3)
+        torch.testing.assert_close(ours.coefficients, theirs.coefficients, atol=2e-2, rtol=0)
+    assert other.n_iter > fast.n_iter
+
+
+@pytest.mark.parametrize("method", ["mackay", "em"])
+@pytest.mark.parametrize("data", [sparse_data, three_classes])
+def test_methods_end_at_maxima_that_are_nearly_as_high(data, method):
+    """With a kernel there are many: neighbouring basis functions are nearly alike."""
+    x, y = data(n=80)
+    fast = fit_rvm_classification(x, y, kernel="rbf")
+    other = fit_rvm_classification(x, y, kernel="rbf", method=method)
+    none = fit_rvm_classification(torch.ones_like(x), y)
+    assert other.converged
+    for machines in zip(other.machines, fast.machines, none.machines, strict=True):
+        ours, theirs, empty = (float(m.log_evidence[-1]) for m in machines)
+        assert ours - empty == pytest.approx(theirs - empty, rel=0.05)
+        assert len(machines[0].relevance) <= 16 < 80
+    same = other.predict(x) == fast.predict(x)
+    assert float(same.double().mean()) > 0.9
+
+
+@pytest.mark.parametrize("method", ["mackay", "em"])
+def test_older_updates_survive_separable_classes(method):
+    x = torch.linspace(-1, 1, 40, dtype=torch.float64).unsqueeze(1)
+    t = (x[:, 0] > 0).long()
+    found = fit_rvm_classification(x, t, kernel="rbf", method=method)
+    assert found.converged
+    assert torch.equal(found.predict(x), t)
+    assert found.machines[0].weights.isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["fast", "mackay", "em"])
 @pytest.mark.parametrize("kernel", ["linear", "rbf"])
-def test_float32_stays_float32_and_agrees(kernel):
-    x, t = sparse_data()
-    double = fit_rvm_classification(x, t, kernel=kernel)
-    single = fit_rvm_classification(x.float(), t, kernel=kernel)
+def test_float32_stays_float32_and_agrees(kernel, method):
+    x, t = sparse_data(n=80)
+    double = fit_rvm_classification(x, t, kernel=kernel, method=method)
+    single = fit_rvm_classification(x.float(), t, kernel=kernel, method=method)
     assert single.machines[0].weights.dtype == torch.float32
     proba = single.predict_proba(x.float())
     assert proba.dtype == torch.float32
@@ -181,11 +226,12 @@ def test_float32_stays_float32_and_agrees(kernel):
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("method", ["fast", "mackay", "em"])
 @pytest.mark.parametrize("kernel", ["linear", "rbf"])
-def test_cuda_agrees_with_cpu(kernel):
+def test_cuda_agrees_with_cpu(kernel, method):
     x, y = three_classes()
-    cpu = fit_rvm_classification(x, y, kernel=kernel)
-    cuda = fit_rvm_classification(x.cuda(), y.cuda(), kernel=kernel)
+    cpu = fit_rvm_classification(x, y, kernel=kernel, method=method)
+    cuda = fit_rvm_classification(x.cuda(), y.cuda(), kernel=kernel, method=method)
     assert cuda.predict(x.cuda()).is_cuda
     found = cuda.predict_proba(x.cuda()).cpu()
     torch.testing.assert_close(found, cpu.predict_proba(x), atol=1e-3, rtol=0)
@@ -259,10 +305,17 @@ def test_settings_out_of_range_are_refused(settings):
         fit_rvm_classification(*sparse_data(), **settings)
 
 
-def test_too_few_rounds_are_reported_at_the_caller():
+def test_an_unknown_method_is_refused_with_those_there_are():
+    words = r"method must be one of \('fast', 'mackay', 'em'\), got 'slow'"
+    with pytest.raises(ValueError, match=words):
+        fit_rvm_classification(*sparse_data(), method="slow")
+
+
+@pytest.mark.parametrize("method", ["fast", "mackay", "em"])
+def test_too_few_rounds_are_reported_at_the_caller(method):
     x, y = three_classes()
     with pytest.warns(ConvergenceWarning, match=r"max_iter = 1 rounds.*3 of 3 mach") as caught:
-        found = fit_rvm_classification(x, y, max_iter=1)
+        found = fit_rvm_classification(x, y, method=method, max_iter=1)
     assert caught[0].filename == __file__
     assert not found.converged
 

@@ -27,7 +27,7 @@ def make_search(n: int = 80, d: int = 6, seed: int = 0, *, centred=True, kernel=
 def mode_at(search: LogisticSearch, indices: list[int], log_alpha):
     m = len(indices)
     rows = search.design.rows(torch.tensor(indices))
-    return search._mode(indices, rows, np.asarray(log_alpha, dtype=float), np.zeros(m), 0.0)
+    return search.mode(indices, rows, np.asarray(log_alpha, dtype=float), np.zeros(m), 0.0)
 
 
 @pytest.mark.parametrize("centred", [True, False])
@@ -182,4 +182,4 @@ def test_a_singular_precision_is_an_error_with_a_remedy():
     search = make_search()
     rows = search.design.rows(torch.tensor([0, 0]))
     with pytest.raises(ArithmeticError, match=r"2 weights is singular.*\n.*standardised inputs"):
-        search._mode([0, 0], rows, np.full(2, -60.0), np.zeros(2), 0.0)
+        search.mode([0, 0], rows, np.full(2, -60.0), np.zeros(2), 0.0)
