@@ -1,9 +1,10 @@
 """One training step, ours beside the peers', and how it grows.
 
-    python benchmarks/step.py peers [--device cuda]     # all libraries, three networks, two batches
-    python benchmarks/step.py growth [--device cuda]    # against width, batch, number of sites
-    python benchmarks/step.py profile                   # where the compiled step's time goes
-    python benchmarks/step.py table                     # the results as Markdown
+    python benchmarks/step.py peers [--device cuda]      # all libraries, three networks
+    python benchmarks/step.py growth [--device cuda]     # against width, batch, number of sites
+    python benchmarks/step.py precision [--device cuda]  # 4096x4 beside the limit of the machine
+    python benchmarks/step.py profile                    # of the compiled step, on a CPU
+    python benchmarks/step.py table [--device cuda]      # the results as Markdown
 
 Each library has a process of its own, with one thread. They take turns, a few steps each, many
 rounds over, so that what else the machine does falls on all of them alike; a ratio is taken within
@@ -11,6 +12,12 @@ a round. Processes of the same program differ by a tenth, by where their memory 
 that targets are set for start each library several times over, all of them together. Times are
 processor times of the process on a CPU, wall times on a GPU, in milliseconds.
 `benchmarks/README.md` says how to install the peers; one that is missing is left out, and said.
+
+`precision` counts the operations of a step's matrix products from the layers' sizes, a multiply-add
+as two: a layer of N weights at batch M has three products of 2MN (forward, gradient of the weights,
+gradient of the inputs, which the first layer spares), and ours has each of them twice, for means
+and for variances. The limit beside them is the best of some products of square matrices, in the
+same precision and in a process of the same run.
 """
 
 from __future__ import annotations
@@ -22,7 +29,9 @@ import os
 import statistics
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -30,6 +39,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from environment import RESULTS, environment, write_json
 from step_peers import PEERS, NotAvailableError, batch
+from step_peers import network as build
+from step_report import ratio, table
 
 ROUNDS, SECONDS = 10, 0.25
 # Processes of each library, where there are targets; so many fewer rounds in each.
@@ -57,20 +68,43 @@ GROWTH = {
     "sites": ([(f"64x{n}", 100) for n in (4, 16, 64, 256)], "sites"),
 }
 GROWTH_PEERS = ("deterministic", "LinearSVDO", "ours, eager", "ours, compiled")
+# Of products in float32 ("high" is TF32), and of those that autocast changes. Variances stay out of
+# autocast, so that bf16 has two kinds of it.
+PRECISIONS = {
+    "fp32": ("highest", None),
+    "TF32": ("high", None),
+    "bf16": ("highest", torch.bfloat16),
+    "bf16, else TF32": ("high", torch.bfloat16),
+}
+PRECISION_PEERS = ("deterministic", "ours, eager", "ours, compiled")
+# Network, batches, width of the limit's matrices.
+PRECISION_CASES = ("4096x4", (100, 1000, 8192), 8192)
+PRECISION_TRIAL = ("784-64-64-10", (32,), 256)
 
 
-def serve(pipe: Any, peer: str, network: str, size: int, device: str) -> None:
+def clock_of(device: str) -> tuple[Any, Any]:
+    """What waits for all that is under way, and what tells the seconds."""
+    if device == "cuda":
+        return torch.cuda.synchronize, time.perf_counter
+    return lambda: None, time.process_time
+
+
+def serve(
+    pipe: Any, peer: str, network: str, size: int, device: str, precision: str = "fp32"
+) -> None:
     """A worker: builds its step, then times some whenever it is asked."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
-    clock = time.perf_counter if device == "cuda" else time.process_time
+    matmul_precision, dtype = PRECISIONS[precision]
+    torch.set_float32_matmul_precision(matmul_precision)
+    options = {} if dtype is None else {"dtype": dtype}
+    synchronize, clock = clock_of(device)
     torch.manual_seed(0)
     try:
         started = time.perf_counter()
-        step = PEERS[peer](network, *batch(size, device))
-        step()
-        step()
+        step = PEERS[peer](network, *batch(size, device), **options)
+        for _ in range(3):  # compiled for a GPU: tried, recorded, replayed
+            step()
         synchronize()
         pipe.send({"preparation_seconds": time.perf_counter() - started})
     except NotAvailableError as error:
@@ -80,13 +114,16 @@ def serve(pipe: Any, peer: str, network: str, size: int, device: str) -> None:
         if request == "memory":
             pipe.send(peak_memory(step, device))
             continue
+        if isinstance(request, Limit):
+            pipe.send(request.measure(device))
+            continue
         count = 0
         started = now = clock()
         wall = time.perf_counter()
         while now - started < SECONDS and time.perf_counter() - wall < 20 * SECONDS:
             step()
             count += 1
-            if count % 5 == 0 or device == "cpu":
+            if count % 20 == 0 or device == "cpu":  # a GPU is never waited for, but for the clock
                 synchronize()
                 now = clock()
         synchronize()
@@ -94,12 +131,18 @@ def serve(pipe: Any, peer: str, network: str, size: int, device: str) -> None:
 
 
 def peak_memory(step: Any, device: str) -> float:
-    """Most bytes that a step holds beyond what is there before it; NaN where torch cannot say."""
+    """Most bytes that a step holds beyond what is there before it; NaN where torch cannot say.
+
+    On a GPU all that the process has to reserve for a step, weights and Adam included: a recorded
+    graph has memory of its own, which no step allocates.
+    """
     if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
         step()
-        return float(torch.cuda.max_memory_allocated() - before)
+        torch.cuda.synchronize()
+        return float(torch.cuda.max_memory_reserved())
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -110,6 +153,30 @@ def peak_memory(step: Any, device: str) -> float:
             held += event.nbytes()
             most = max(most, held)
     return float(most) if most else math.nan
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A question to a worker: operations per second of the products of square matrices."""
+
+    width: int
+    dtype: torch.dtype
+
+    def measure(self, device: str) -> float:
+        """Of the fastest of ten products, the first two aside."""
+        synchronize, clock = clock_of(device)
+        left, right = (
+            torch.randn(self.width, self.width, device=device, dtype=self.dtype) for _ in range(2)
+        )
+        product = torch.empty_like(left)
+        seconds = []
+        for _ in range(12):
+            synchronize()
+            started = clock()
+            torch.mm(left, right, out=product)
+            synchronize()
+            seconds.append(clock() - started)
+        return 2 * self.width**3 / min(seconds[2:])
 
 
 class Worker:
@@ -123,8 +190,8 @@ class Worker:
         other.close()
         self.prepared = self._answer()
 
-    def ask(self, request: str) -> float:
-        """Have it time some steps, or measure their memory."""
+    def ask(self, request: str | Limit) -> float:
+        """Have it time some steps, or measure their memory, or the machine's limit."""
         self._pipe.send(request)
         return float(self._answer())
 
@@ -141,12 +208,12 @@ class Worker:
 
 
 @contextmanager
-def workers(peers: Any, network: str, size: int, device: str) -> Any:
+def workers(peers: Any, *case: Any) -> Any:
     """The peers that are there, and why the others are not."""
     made, missing = {}, {}
     try:
         for peer in peers:
-            worker = Worker(peer, network, size, device)
+            worker = Worker(peer, *case)
             if "missing" in worker.prepared:
                 missing[peer] = worker.prepared["missing"]
                 worker.stop()
@@ -182,21 +249,6 @@ def compare(
         "preparation_seconds": prepared,
         "missing": missing,
     }
-
-
-def ratio(result: dict[str, Any], one: str, other: str) -> tuple[float, float, float]:
-    """Median of one peer's time over another's, and its quartiles.
-
-    Over rounds; where there were several processes, over theirs, each with the median of its
-    rounds.
-    """
-    times = result["milliseconds"]
-    values = [a / b for a, b in zip(times[one], times[other], strict=True)]
-    if result["processes"] > 1:
-        rounds = result["rounds"]
-        values = [statistics.median(values[i : i + rounds]) for i in range(0, len(values), rounds)]
-    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-    return middle, low, high
 
 
 def path_of(action: str, device: str) -> Any:
@@ -260,8 +312,6 @@ def run_growth(device: str) -> None:
 
 def size_of(quantity: str, network: str, size: int) -> int:
     """What a curve is drawn against."""
-    from step_peers import network as build
-
     share = float(network.partition("@")[2] or 1.0)
     weights = [p.numel() for p in build(network).parameters() if p.dim() > 1]
     left = round(share**2 * sum(weights))
@@ -275,6 +325,77 @@ def exponent(rows: list[dict[str, Any]], peer: str) -> float:
         return math.nan
     (a, s), (b, t) = points
     return math.log(t / s) / math.log(b / a)
+
+
+def run_precision(device: str, trial: Path | None) -> None:
+    """The large network in each precision, and what share of the machine's limit it reaches."""
+    network, sizes, width = PRECISION_CASES if trial is None else PRECISION_TRIAL
+    path = path_of("precision", device)
+    if trial is not None:
+        path = trial / path.name
+    left_out = {}
+    if device == "cpu":
+        left_out = {name: "a CPU has no TF32" for name in PRECISIONS if "TF32" in name}
+    elif torch.cuda.get_device_capability() < (8, 0):
+        left_out = {name: "the card has none" for name in PRECISIONS if name != "fp32"}
+    results: list[dict[str, Any]] = []
+    for precision in [name for name in PRECISIONS if name not in left_out]:
+        for size in sizes:
+            results.append(precision_case(network, size, width, device, precision))
+            save("precision", device, {"left_out": left_out, "results": results}, path)
+            print(precision, network, size, results[-1]["peers"], flush=True)
+
+
+def precision_case(
+    network: str, size: int, width: int, device: str, precision: str
+) -> dict[str, Any]:
+    """Times of a step, and its operations beside the limit.
+
+    Under autocast the products of our variances stay in float32. So there are two shares: of the
+    limit in the precision, and of the limits that the products have, each in its own.
+    """
+    dtype = PRECISIONS[precision][1] or torch.float32
+    times: dict[str, list[float]] = {}
+    limit: dict[torch.dtype, float] = {}
+    with workers(PRECISION_PEERS, network, size, device, precision) as (there, missing):
+        for _ in range(ROUNDS):
+            for peer, worker in there.items():
+                times.setdefault(peer, []).append(worker.ask("time"))
+        memory = {peer: worker.ask("memory") for peer, worker in there.items()}
+        for kind in {dtype, torch.float32}:
+            limit[kind] = there["deterministic"].ask(Limit(width, kind))
+    peers = {}
+    for peer, values in times.items():
+        products = operations(network, size)
+        variances = 0 if peer == "deterministic" else products
+        seconds = statistics.median(values) / 1e3
+        least = products / limit[dtype] + variances / limit[torch.float32]
+        peers[peer] = {
+            "median_milliseconds": 1e3 * seconds,
+            "milliseconds": values,
+            "operations": products + variances,
+            "operations_per_second": (products + variances) / seconds,
+            "share_of_limit": (products + variances) / seconds / limit[dtype],
+            "share_of_limits_of_the_products": least / seconds,
+            "peak_bytes": memory[peer],
+        }
+    return {
+        "network": network,
+        "batch": size,
+        "precision": precision,
+        "float32_matmul_precision": PRECISIONS[precision][0],
+        "width_of_limit": width,
+        "limit": limit[dtype],
+        "limit_float32": limit[torch.float32],
+        "peers": peers,
+        "missing": missing,
+    }
+
+
+def operations(network: str, size: int) -> int:
+    """Operations of the matrix products of a deterministic step of a dense network."""
+    weights = [module.weight.numel() for module in build(network) if hasattr(module, "weight")]
+    return 2 * size * (3 * sum(weights) - weights[0])
 
 
 def run_profile(device: str) -> None:
@@ -301,7 +422,7 @@ def run_profile(device: str) -> None:
         print(f"{row['milliseconds']:8.3f} ms  {row['calls']:5.1f}  {row['operation'][:90]}")
 
 
-def save(action: str, device: str, content: dict[str, Any]) -> None:
+def save(action: str, device: str, content: dict[str, Any], path: Path | None = None) -> None:
     """Write a results file, with where it comes from."""
     head = {
         "script": "benchmarks/step.py",
@@ -310,75 +431,34 @@ def save(action: str, device: str, content: dict[str, Any]) -> None:
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "environment": environment("lightning-fabric"),
     }
-    write_json(path_of(action, device), head | content)
-
-
-def table(device: str) -> str:
-    """What the results files hold."""
-    lines = []
-    if path_of("peers", device).exists():
-        content = json.loads(path_of("peers", device).read_text())
-        for result in content["results"]:
-            there = result["median_milliseconds"]
-            rounds = f"{result['rounds']} rounds"
-            if result["processes"] > 1:
-                rounds += f" in each of {result['processes']} processes"
-            lines += [
-                f"\n**{result['network']}, batch {result['batch']}**, {rounds}\n",
-                "| | ms, median | least | x deterministic | x LinearSVDO | MB of a step |",
-                "| --- | --- | --- | --- | --- | --- |",
-            ]
-            for peer, value in there.items():
-                ratios = [
-                    f"{ratio(result, peer, base)[0]:.2f}" if base in there else "-"
-                    for base in ("deterministic", "LinearSVDO")
-                ]
-                memory = result["peak_bytes_of_a_step"][peer]
-                lines.append(
-                    f"| {peer} | {value:.2f} | {result['least_milliseconds'][peer]:.2f} "
-                    f"| {' | '.join(ratios)} | {'-' if memory is None else f'{memory / 1e6:.1f}'} |"
-                )
-            lines += [f"\n{peer}: {why}" for peer, why in result["missing"].items()]
-        lines += ["\n| target | at most | found (quartiles) |", "| --- | --- | --- |"]
-        for row in content["targets"]:
-            low, high = row["quartiles"]
-            lines.append(
-                f"| {row['network']}, batch {row['batch']}: {row['of']} / {row['over']} "
-                f"| {row['at_most']} | {row['ratio']:.2f} ({low:.2f} to {high:.2f})"
-                f"{'' if row['met'] else ', missed'} |"
-            )
-    if path_of("growth", device).exists():
-        content = json.loads(path_of("growth", device).read_text())
-        for name, curve in content["curves"].items():
-            peers = curve["exponents"]
-            lines += [
-                f"\n**Against {name}**, least ms of {curve['rows'][0]['rounds']} rounds\n",
-                f"| {curve['against']} | {' | '.join(peers)} |",
-                f"| --- |{' --- |' * len(peers)}",
-            ]
-            for row in curve["rows"]:
-                values = [f"{row['least_milliseconds'][peer]:.2f}" for peer in peers]
-                lines.append(f"| {row['size']:,} | {' | '.join(values)} |")
-            fits = [f"{value:.2f}" for value in peers.values()]
-            lines.append(f"| exponent at the end | {' | '.join(fits)} |")
-    return "\n".join(lines)
+    write_json(path or path_of(action, device), head | content)
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("action", choices=("peers", "growth", "profile", "table"))
+    parser.add_argument("action", choices=("peers", "growth", "precision", "profile", "table"))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--again", nargs=2, metavar=("NETWORK", "BATCH"), help="of peers, one case")
+    parser.add_argument(
+        "--trial", type=Path, metavar="FOLDER",
+        help="of precision and table: a small network, with its results file in FOLDER",
+    )  # fmt: skip
     arguments = parser.parse_args()
+    device = arguments.device
     if arguments.action == "table":
-        print(table(arguments.device))
-        return
-    if arguments.action == "peers":
+        print(table(arguments.trial or RESULTS, device))
+    elif arguments.action == "peers":
         network, size = arguments.again or ("", 0)
-        run_peers(arguments.device, (network, int(size)) if network else None)
+        run_peers(device, (network, int(size)) if network else None)
+    elif arguments.action == "growth":
+        run_growth(device)
+    elif arguments.action == "precision":
+        run_precision(device, arguments.trial)
+    elif device == "cuda":
+        parser.error("profile is of a step on a CPU")
     else:
-        {"growth": run_growth, "profile": run_profile}[arguments.action](arguments.device)
+        run_profile(device)
 
 
 if __name__ == "__main__":

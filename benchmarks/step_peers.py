@@ -1,6 +1,7 @@
 """One training step of each library that `step.py` compares: forward, backward and Adam.
 
-Every maker returns a function without arguments that does one step on the same batch. Weights
+Every maker returns a function without arguments that does one step on the same batch. On a GPU only
+those that train through `pyro.optim` wait for it in a step, as `SVI.step` returns a number. Weights
 start at their library's own initial values; the sparse ones at log sigma² = -10, with a KL of full
 weight. What a peer cannot express (a convolution without a layer for it) raises
 `NotAvailableError`.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -48,7 +50,8 @@ def batch(size: int, device: str) -> tuple[Tensor, Tensor]:
 
 
 def _stepper(net: nn.Module, loss: Callable[[], Tensor], fused: bool = True) -> Step:
-    optimizer = torch.optim.Adam(net.parameters(), lr=LEARNING_RATE, fused=fused)
+    # False would keep torch from its own choice, which is foreach on a GPU.
+    optimizer = torch.optim.Adam(net.parameters(), lr=LEARNING_RATE, fused=fused or None)
 
     def step() -> Tensor:
         optimizer.zero_grad()
@@ -60,10 +63,22 @@ def _stepper(net: nn.Module, loss: Callable[[], Tensor], fused: bool = True) -> 
     return step
 
 
-def deterministic(name: str, x: Tensor, y: Tensor, fused: bool = True) -> Step:
+def _autocast(x: Tensor, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    """The forward pass of `fit(precision="bf16-mixed")`, for bfloat16; None: as it is."""
+    return nullcontext() if dtype is None else torch.autocast(x.device.type, dtype)
+
+
+def deterministic(
+    name: str, x: Tensor, y: Tensor, fused: bool = True, dtype: torch.dtype | None = None
+) -> Step:
     """The network itself: the floor."""
     net = network(name).to(x.device)
-    return _stepper(net, lambda: F.cross_entropy(net(x), y), fused)
+
+    def loss() -> Tensor:
+        with _autocast(x, dtype):
+            return F.cross_entropy(net(x), y)
+
+    return _stepper(net, loss, fused)
 
 
 class LinearSVDO(nn.Module):
@@ -142,6 +157,13 @@ def pytorch_ard(name: str, x: Tensor, y: Tensor) -> Step:
     return _stepper(net, lambda: elbo(net(x), y, 1.0, 1 / NUM_DATA))
 
 
+def _pyro_adam(x: Tensor) -> Any:
+    """Pyro's, one for each parameter: as it comes on a CPU, fused on a GPU as for all others."""
+    import pyro
+
+    return pyro.optim.Adam({"lr": LEARNING_RATE, "fused": x.is_cuda or None})
+
+
 def tyxe(name: str, x: Tensor, y: Tensor) -> Step:
     """TyXe's local reparameterization, with a normal prior and Pyro's checks off."""
     import pyro
@@ -160,10 +182,7 @@ def tyxe(name: str, x: Tensor, y: Tensor) -> Step:
     guide = functools.partial(library.guides.AutoNormal, init_scale=0.0067)
     likelihood = library.likelihoods.Categorical(NUM_DATA)
     bnn = library.VariationalBNN(net, prior, likelihood, guide)
-    svi = pyro.infer.SVI(
-        bnn.model, bnn.guide, pyro.optim.Adam({"lr": LEARNING_RATE}),
-        pyro.infer.TraceMeanField_ELBO(),
-    )  # fmt: skip
+    svi = pyro.infer.SVI(bnn.model, bnn.guide, _pyro_adam(x), pyro.infer.TraceMeanField_ELBO())
 
     def step() -> float:
         with library.poutine.local_reparameterization():
@@ -185,9 +204,7 @@ def stock_pyro(name: str, x: Tensor, y: Tensor) -> Step:
     prior = dist.Normal(x.new_zeros(()), x.new_ones(()))
     model = BayesianNetwork(network(name), Categorical(), NUM_DATA, prior=prior).to(x.device)
     guide = pyro.infer.autoguide.AutoNormal(model, init_scale=0.0067)
-    svi = pyro.infer.SVI(
-        model, guide, pyro.optim.Adam({"lr": LEARNING_RATE}), pyro.infer.TraceMeanField_ELBO()
-    )
+    svi = pyro.infer.SVI(model, guide, _pyro_adam(x), pyro.infer.TraceMeanField_ELBO())
     return lambda: svi.step(x, y)
 
 
@@ -249,7 +266,9 @@ def _prune(guide: Any, share: float) -> None:
     guide.prune_(3.0)
 
 
-def _ours(name: str, x: Tensor, y: Tensor, *, compiled: bool) -> Step:
+def _ours(
+    name: str, x: Tensor, y: Tensor, *, compiled: bool, dtype: torch.dtype | None = None
+) -> Step:
     import pyro
 
     from bayes_svdo import AdditiveNoiseGuide, BayesianNetwork, TraceAnalyticKL_ELBO
@@ -271,12 +290,19 @@ def _ours(name: str, x: Tensor, y: Tensor, *, compiled: bool) -> Step:
         optimizer = torch.optim.Adam(graph.parameters(), lr=LEARNING_RATE, fused=True)
 
         def compiled_step() -> Tensor:
-            loss: Tensor = graph.set_gradients(weight, x, y).loss
+            with _autocast(x, dtype):
+                loss: Tensor = graph.set_gradients(weight, x, y).loss
             optimizer.step()
             return loss
 
         return compiled_step
-    step = _stepper(objective, lambda: objective(weight, x, y).loss)
+
+    def loss() -> Tensor:
+        with _autocast(x, dtype):
+            value: Tensor = objective(weight, x, y).loss
+        return value
+
+    step = _stepper(objective, loss)
 
     def eager_step() -> object:
         with local_parameters():
@@ -295,7 +321,7 @@ PEERS: dict[str, Callable[[str, Tensor, Tensor], Step]] = {
     "NumPyro": numpyro_jit,
     "ours, eager": functools.partial(_ours, compiled=False),
     "ours, compiled": functools.partial(_ours, compiled=True),
-    # As torch.optim.Adam comes, on a CPU.
+    # torch.optim.Adam as it comes.
     "deterministic, plain Adam": functools.partial(deterministic, fused=False),
     "LinearSVDO, plain Adam": functools.partial(linear_svdo, fused=False),
 }

@@ -1,0 +1,187 @@
+"""Tables of what step.py has found."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+# Groups of the profile: the first whose pattern fits an operation has it. A fused kernel's name
+# tells what it does: the KL's has logarithms of |w|.
+REST = "all else: activations, their noise added, the loss, copies, sums"
+GROUPS = {
+    "matrix products": r"aten::(add|b)?mm$",
+    "KL and its gradient": r"graph_\w*_abs_\w*_log_",
+    "Adam": r"(?i).*adam",
+    "random numbers": r"aten::(normal_|randn)",
+    "exp of log σ²": r"graph_\w*fused_(?!\w*(logsumexp|log_))\w*exp_",
+    "the graph's call": r"## Call|AOTDispatcher",
+    REST: "",
+}
+# What a deterministic step has nothing of.
+OURS_ALONE = ("KL and its gradient", "random numbers", "exp of log σ²")
+
+
+def table(folder: Path, device: str) -> str:
+    """What the results files in a folder hold, as Markdown."""
+    found = {}
+    for action in ("peers", "growth", "precision", "profile"):
+        path = folder / f"step_{action}_{device}.json"
+        found[action] = json.loads(path.read_text()) if path.exists() else None
+    lines: list[str] = []
+    if found["peers"]:
+        lines += _peers(found["peers"], device)
+    if found["profile"]:
+        lines += _profile(found["profile"], found["peers"])
+    if found["precision"]:
+        lines += _precision(found["precision"])
+    if found["growth"]:
+        lines += _growth(found["growth"])
+    return "\n".join(lines)
+
+
+def ratio(result: dict[str, Any], one: str, other: str) -> tuple[float, float, float]:
+    """Median of one peer's time over another's, and its quartiles.
+
+    Over rounds; where there were several processes, over theirs, each with the median of its
+    rounds.
+    """
+    values = _by_process(result, lambda times: times[one] / times[other])
+    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    return middle, low, high
+
+
+def _by_process(result: dict[str, Any], of: Any) -> list[float]:
+    """Something of all peers' times in each round, or in each process the median of its rounds."""
+    times = result["milliseconds"]
+    values = [of(dict(zip(times, row, strict=True))) for row in zip(*times.values(), strict=True)]
+    if result["processes"] > 1:
+        rounds = result["rounds"]
+        values = [statistics.median(values[i : i + rounds]) for i in range(0, len(values), rounds)]
+    return values
+
+
+def _peers(content: dict[str, Any], device: str) -> list[str]:
+    lines = []
+    memory_of = "MB of a step" if device == "cpu" else "MB reserved"
+    for result in content["results"]:
+        there = result["median_milliseconds"]
+        rounds = f"{result['rounds']} rounds"
+        if result["processes"] > 1:
+            rounds += f" in each of {result['processes']} processes"
+        lines += [
+            f"\n**{result['network']}, batch {result['batch']}**, {rounds}\n",
+            f"| | ms, median | least | x deterministic | x LinearSVDO | {memory_of} |",
+            "| --- | --- | --- | --- | --- | --- |",
+        ]
+        for peer, value in there.items():
+            ratios = [
+                f"{ratio(result, peer, base)[0]:.2f}" if base in there else "-"
+                for base in ("deterministic", "LinearSVDO")
+            ]
+            memory = result["peak_bytes_of_a_step"][peer]
+            lines.append(
+                f"| {peer} | {value:.2f} | {result['least_milliseconds'][peer]:.2f} "
+                f"| {' | '.join(ratios)} | {'-' if memory is None else f'{memory / 1e6:.1f}'} |"
+            )
+        lines += [f"\n{peer}: {why}" for peer, why in result["missing"].items()]
+    lines += ["\n| target | at most | found (quartiles) |", "| --- | --- | --- |"]
+    for row in content["targets"]:
+        low, high = row["quartiles"]
+        lines.append(
+            f"| {row['network']}, batch {row['batch']}: {row['of']} / {row['over']} "
+            f"| {row['at_most']} | {row['ratio']:.2f} ({low:.2f} to {high:.2f})"
+            f"{'' if row['met'] else ', missed'} |"
+        )
+    return lines
+
+
+def _profile(content: dict[str, Any], peers: dict[str, Any] | None) -> list[str]:
+    """Where the compiled step's time goes, and how far it is from twice the deterministic one."""
+    case = content["network"], content["batch"]
+    lines = [f"\n**Where the time of the compiled step goes: {case[0]}, batch {case[1]}**\n"]
+    for result in peers["results"] if peers else []:
+        if (result["network"], result["batch"]) == case:
+            times = ratio(result, "ours, compiled", "deterministic")[0]
+            beyond = statistics.median(
+                _by_process(result, lambda t: t["ours, compiled"] - 2 * t["deterministic"])
+            )
+            lines.append(
+                f"The step takes {times:.2f} x the deterministic one. Twice the matrix products "
+                f"make 2.0 x the limit: the distance is {beyond:.2f} ms (medians over processes)."
+            )
+    operations = content["operations"]
+    total = sum(row["milliseconds"] for row in operations)
+    grouped: dict[str, list[dict[str, Any]]] = {name: [] for name in GROUPS}
+    for row in operations:
+        grouped[next(g for g, names in GROUPS.items() if re.match(names, row["operation"]))].append(
+            row
+        )
+    sums = {name: sum(row["milliseconds"] for row in rows) for name, rows in grouped.items()}
+    alone = sum(sums[name] for name in OURS_ALONE)
+    lines += [
+        f"A profile of another run: its {len(operations)} largest operations take {total:.2f} ms "
+        "of wall time per step. A deterministic step has nothing of "
+        f"{', '.join(OURS_ALONE[:-1])} and {OURS_ALONE[-1]}, which take {alone:.2f} ms of it.\n",
+        "| | ms | % | the largest operations, ms |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name in sorted(GROUPS, key=lambda name: (name == REST, -sums[name])):
+        largest = [
+            f"`{_short(row['operation'])}` {row['milliseconds']:.2f}" for row in grouped[name][:3]
+        ]
+        lines.append(
+            f"| {name} | {sums[name]:.2f} | {100 * sums[name] / total:.0f} | {', '.join(largest)} |"
+        )
+    return lines
+
+
+def _short(operation: str) -> str:
+    """The number of a fused kernel, instead of the list of all that is in it."""
+    fused = re.fullmatch(r"graph_\d+_cpp_fused_\w*_(\d+)", operation)
+    return f"fused kernel {fused[1]}" if fused else operation.strip("# ")
+
+
+def _precision(content: dict[str, Any]) -> list[str]:
+    results = content["results"]
+    network, width = results[0]["network"], results[0]["width_of_limit"]
+    lines = [
+        f"\n**{network} in each precision**, {content['device']}\n",
+        "Operations are those of the matrix products, a multiply-add counting as two; the limit is "
+        f"the best product of matrices of {width} x {width} in that precision, in the same run. "
+        "Under bf16 our products of variances stay in float32, or TF32 where that is said: the "
+        "last column holds each product against the limit of its own precision.\n",
+        "| precision, batch | | ms, median | x deterministic | GFLOP of a step | TFLOP/s | limit "
+        "| % of the limit | % of the products' limits |",
+        "|" + " --- |" * 9,
+    ]
+    for result in results:
+        base = result["peers"]["deterministic"]["median_milliseconds"]
+        for peer, row in result["peers"].items():
+            lines.append(
+                f"| {result['precision']}, {result['batch']} | {peer} "
+                f"| {row['median_milliseconds']:.2f} | {row['median_milliseconds'] / base:.2f} "
+                f"| {row['operations'] / 1e9:.4g} | {row['operations_per_second'] / 1e12:.4g} "
+                f"| {result['limit'] / 1e12:.4g} | {100 * row['share_of_limit']:.0f} "
+                f"| {100 * row['share_of_limits_of_the_products']:.0f} |"
+            )
+    return lines + [f"\n{name}: {why}" for name, why in content["left_out"].items()]
+
+
+def _growth(content: dict[str, Any]) -> list[str]:
+    lines = []
+    for name, curve in content["curves"].items():
+        peers = curve["exponents"]
+        lines += [
+            f"\n**Against {name}**, least ms of {curve['rows'][0]['rounds']} rounds\n",
+            f"| {curve['against']} | {' | '.join(peers)} |",
+            f"| --- |{' --- |' * len(peers)}",
+        ]
+        for row in curve["rows"]:
+            values = [f"{row['least_milliseconds'][peer]:.2f}" for peer in peers]
+            lines.append(f"| {row['size']:,} | {' | '.join(values)} |")
+        fits = [f"{value:.2f}" for value in peers.values()]
+        lines.append(f"| exponent between the last two sizes | {' | '.join(fits)} |")
+    return lines
