@@ -1,4 +1,4 @@
-"""Which features are found: VD-ARD regression beside scikit-learn on synthetic designs.
+"""Which features are found: VD-ARD regression beside the RVM and scikit-learn, synthetic designs.
 
     python benchmarks/support_recovery.py            # 20 seeds; writes results/support_recovery.*
     python benchmarks/support_recovery.py --seeds 3
@@ -31,6 +31,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import ARDRegression, LassoCV, LinearRegression
 
 from bayes_svdo.inference.exact_regression import DegenerateObjectiveError, fit_vdard_regression
+from bayes_svdo.inference.relevance_vector_machine import NoiseBoundWarning, fit_rvm_regression
+from bayes_svdo.inference.rvm_regression import Method
 
 Array = NDArray[np.float64]
 NUM_RELEVANT = 10
@@ -95,6 +97,21 @@ def vdard(kl_weight: float | str) -> Callable[[Array, Array, Array], Fitted | No
     return fit
 
 
+def rvm(method: Method) -> Callable[[Array, Array, Array], Fitted | None]:
+    """The linear relevance vector machine; None where it fits without error, and says so."""
+
+    def fit(x: Array, y: Array, x_test: Array) -> Fitted | None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NoiseBoundWarning)
+            found = fit_rvm_regression(torch.from_numpy(x), torch.from_numpy(y), method=method)
+        if found.noise_at_bound:
+            return None
+        prediction, std = found.predict(torch.from_numpy(x_test), return_std=True)
+        return Fitted(found.coefficients.numpy(), prediction.numpy(), std.numpy())
+
+    return fit
+
+
 def ard(x: Array, y: Array, x_test: Array) -> Fitted:
     """scikit-learn's ARDRegression, as it comes."""
     found = ARDRegression().fit(x, y)
@@ -123,6 +140,8 @@ METHODS: dict[str, Callable[[Array, Array, Array], Fitted | None]] = {
     "VD-ARD, kl_weight 1": vdard(1.0),
     "VD-ARD, kl_weight 2 (AIC)": vdard("aic"),
     "VD-ARD, kl_weight log N (BIC)": vdard("bic"),
+    "RVM, fast": rvm("fast"),
+    "RVM, MacKay": rvm("mackay"),
     "ARDRegression": ard,
     "LassoCV": lasso,
     "least squares": least_squares,
