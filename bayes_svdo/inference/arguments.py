@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bayes_svdo._names import unknown_name
 
@@ -32,9 +33,26 @@ def check_rate(name: str, value: object) -> float:
     Raises:
         ValueError: It is not a positive, finite number.
     """
-    if not _is_number(value) or not 0 < float(value) < math.inf:  # type: ignore[arg-type]
+    if not is_number(value) or not 0 < float(value) < math.inf:  # type: ignore[arg-type]
         raise ValueError(f"{name} must be a positive number, but is {value!r}.")
     return float(value)  # type: ignore[arg-type]
+
+
+def check_weight(name: str, value: object) -> None:
+    """Refuse a weight that is not a finite number of at least 0, or a scalar tensor of one.
+
+    Raises:
+        TypeError: It is no such thing.
+        ValueError: It is negative, NaN or infinite.
+    """
+    if isinstance(value, Tensor):
+        number = value.dim() == 0 and not value.is_complex() and value.dtype != torch.bool
+    else:
+        number = is_number(value)
+    if not number:
+        raise TypeError(f"{name} must be a number or a scalar tensor, but is {value!r}.")
+    if not 0 <= float(value) < math.inf:  # type: ignore[arg-type]
+        raise ValueError(f"{name} must be finite and not negative, but is {value}.")
 
 
 def check_threshold(threshold: object) -> float:
@@ -43,7 +61,7 @@ def check_threshold(threshold: object) -> float:
     Raises:
         ValueError: It is NaN or not a number.
     """
-    if not _is_number(threshold) or math.isnan(threshold):  # type: ignore[arg-type]
+    if not is_number(threshold) or math.isnan(threshold):  # type: ignore[arg-type]
         raise ValueError(f"threshold must be a number (log alpha), but is {threshold!r}.")
     return float(threshold)  # type: ignore[arg-type]
 
@@ -122,5 +140,6 @@ def choose_device(device: str | torch.device) -> torch.device:
 _CPU = torch.device("cpu")
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether it is a real number, of Python or NumPy; a bool is none."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -319,11 +319,18 @@ def make_batches(
 
 
 def check_finite(tensor: Tensor, name: str) -> None:
-    """Refuse data with NaN or inf.
+    """Refuse data with NaN or inf, or that has no values to look at.
 
     Raises:
-        ValueError: Says how many data points, and which is the first.
+        TypeError: It is sparse.
+        ValueError: Says how many data points, and which is the first; or it is on ``"meta"``.
     """
+    if tensor.layout != torch.strided:
+        raise TypeError(
+            f"{name} must be dense, but its layout is {tensor.layout}.\n  Try its to_dense()."
+        )
+    if tensor.is_meta:
+        raise ValueError(f'{name} is on device "meta", where tensors have no values.')
     if not tensor.is_floating_point() or tensor.isfinite().all():
         return
     bad = ~tensor.isfinite()

@@ -13,7 +13,8 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from bayes_svdo.distributions import EmpiricalBayes, LogUniform
+from bayes_svdo.inference.arguments import check_count, check_threshold
 from bayes_svdo.inference.guide import AdditiveNoiseGuide
 from bayes_svdo.inference.history import History
 from bayes_svdo.inference.posterior import Posterior, named_apart
@@ -79,7 +81,8 @@ def load_posterior(
         path: Where :meth:`~bayes_svdo.inference.Posterior.save` wrote it.
         net: The network, as it was given to ``BayesianNetwork``; its weights do not matter. Not
             needed for networks of :mod:`bayes_svdo.models`.
-        model: The Pyro model, if it was written by hand, or the ``BayesianNetwork`` as it was given
+        model: The Pyro model, if it was written by hand (that its sites have the shapes that were
+            saved is checked when it runs), or the ``BayesianNetwork`` as it was given
             to ``fit``: needed if its prior or likelihood is not one of ours. A module is copied.
 
     Returns:
@@ -87,15 +90,27 @@ def load_posterior(
 
     Raises:
         CheckpointError: Nothing is there, it is damaged, or it does not fit ``net`` or ``model``.
+        TypeError: ``net`` is not a module, or ``model`` a class.
     """
+    given: object = net
+    if given is not None and not isinstance(given, nn.Module):
+        raise TypeError(f"net must be a torch.nn.Module, but is {_called(given)}")
+    if isinstance(model, type):
+        raise TypeError(f"model must be a Pyro model, but is {_called(model)}")
     folder = Path(path)
     description, tensors = _read(folder)
     try:
         # A network of ours starts at random, and is about to be overwritten.
         with torch.random.fork_rng(devices=[]):
             return _rebuild(description, tensors, net, model, folder)
-    except (KeyError, TypeError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / _JSON} is damaged: {error!r}.") from error
+
+
+def _called(given: object) -> str:
+    if isinstance(given, type):
+        return f"the class {given.__name__}.\n  Try {given.__name__}(...), an instance of it."
+    return f"{given!r}."
 
 
 def _rebuild(
@@ -105,10 +120,12 @@ def _rebuild(
     model: Callable[..., Any] | None,
     folder: Path,
 ) -> Posterior:
+    with _damage(folder, "threshold"):
+        threshold = check_threshold(_from_json(description["threshold"]))
     if "model" not in description and isinstance(model, BayesianNetwork):
         _check_network(description, net, model, folder)
         model = deepcopy(model)
-        guide = AdditiveNoiseGuide(model, **description["guide"])
+        guide = _make_guide(description, model, folder)
     elif "model" in description:
         if net is not None or not callable(model) or isinstance(model, BayesianNetwork):
             raise CheckpointError(
@@ -116,7 +133,7 @@ def _rebuild(
                 "hand.\n  Try Posterior.load(path, model=...), without a net."
             )
         model = deepcopy(model)
-        guide = _restore_guide(description, tensors, model)
+        guide = _restore_guide(description, tensors, model, folder)
     elif model is not None:
         raise CheckpointError(
             f"{folder} holds a network, not a Pyro model written by hand.\n"
@@ -124,7 +141,7 @@ def _rebuild(
         )
     else:
         model = _make_network(description, net, folder)
-        guide = AdditiveNoiseGuide(model, **description["guide"])
+        guide = _make_guide(description, model, folder)
     for prefix, module in (("model.", model), ("guide.", guide)):
         if isinstance(module, nn.Module):
             _restore(module, prefix, tensors, folder)
@@ -135,10 +152,26 @@ def _rebuild(
         model.eval() if isinstance(model, nn.Module) else model,
         guide,
         history=History([_map_numbers(_from_json, row) for row in description["history"]]),
-        threshold=_from_json(description["threshold"]),
+        threshold=threshold,
         stopped_because=description["stopped_because"],
         drawn=description.get("drawn", ()),
     )
+
+
+@contextmanager
+def _damage(folder: Path, entry: str) -> Iterator[None]:
+    """Name the file, and the entry of it, that an error comes from."""
+    try:
+        yield
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f'{folder / _JSON} is damaged, at "{entry}": {error}') from error
+
+
+def _make_guide(
+    description: dict[str, Any], model: Callable[..., Any], folder: Path
+) -> AdditiveNoiseGuide:
+    with _damage(folder, "guide"):
+        return AdditiveNoiseGuide(model, **description["guide"])
 
 
 def _check_network(
@@ -184,7 +217,10 @@ def _make_network(
             raise CheckpointError(
                 f"{folder} holds a network of your own class.\n  Try Posterior.load(path, net=...)."
             )
-        net = build(**description["network"])
+        with _damage(folder, "network"):
+            net = build(**description["network"])
+    with _damage(folder, "num_data"):
+        num_data = check_count("num_data", description["num_data"])
     sites = set(description["sites"])
     missing = sites - {name for name, _ in net.named_parameters()}
     if missing:
@@ -194,17 +230,20 @@ def _make_network(
     return BayesianNetwork(
         net,
         _make_likelihood(description["likelihood"]),
-        description["num_data"],
+        num_data,
         _make_prior(description["prior"]),
         where=lambda name, _: name in sites,
     )
 
 
 def _restore_guide(
-    description: dict[str, Any], tensors: dict[str, Tensor], model: Callable[..., Any]
+    description: dict[str, Any],
+    tensors: dict[str, Tensor],
+    model: Callable[..., Any],
+    folder: Path,
 ) -> AdditiveNoiseGuide:
     """A guide with the sites that were saved: its model is not run, which would take data."""
-    guide = AdditiveNoiseGuide(model, **description["guide"])
+    guide = _make_guide(description, model, folder)
     trace: Any = poutine.Trace()
     frames: dict[str, CondIndepStackFrame] = {}
     for name, site in description["sites"].items():

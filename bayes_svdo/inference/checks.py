@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from inspect import signature
 from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 from torch.distributions import Independent
@@ -45,8 +47,9 @@ class BatchCheck:
     def __init__(
         self, posterior: Posterior, batches: Batches, first: tuple[Any, ...], name: str
     ) -> None:
-        self.name = name
+        self.name, self.posterior = name, posterior
         self.likelihood: Any = None
+        self.shapes = _row_shapes(first)
         model = posterior.model
         if isinstance(model, BayesianNetwork):
             if len(first) != 2:
@@ -63,11 +66,31 @@ class BatchCheck:
     def __call__(self, batch: tuple[Any, ...], number: int) -> None:
         """Check a batch, the ``number``-th of the epoch."""
         check_batch(batch, self.name, number)
+        shapes = _row_shapes(batch)
+        if shapes != self.shapes:  # sequences of another length may be welcome
+            self._check_shapes(batch, number)
+            self.shapes = shapes
         if self.likelihood is not None:
             try:
                 self.likelihood.check(batch[1], self.output, f"{self.name} y")
             except (TypeError, ValueError) as error:
                 raise type(error)(f"batch {number}: {error}") from error
+
+    def _check_shapes(self, batch: tuple[Any, ...], number: int) -> None:
+        """Refuse a batch of other widths than the last one, if the model cannot take it."""
+        model = self.posterior.model
+        try:
+            if isinstance(model, BayesianNetwork):
+                self.output = self._output(self.posterior, batch[0])
+            else:
+                with torch.no_grad(), fork_rng(), _buffers_kept(model):
+                    _sites(model, self.posterior.guide(*batch), batch)
+        except Exception as error:
+            cause = str(error).partition("\nTrace Shapes:")[0].strip()
+            raise ValueError(
+                f"batch {number} of {self.name} has data points of {_shown(_row_shapes(batch))}, "
+                f"those before of {_shown(self.shapes)}; the model cannot take it: {cause}"
+            ) from error
 
     def _check_num_data(self, model: BayesianNetwork, batches: Batches) -> None:
         if self.name != "train" or batches.num_data in (None, model.num_data):
@@ -95,6 +118,20 @@ class BatchCheck:
                 f"the network cannot take {self.name} x of {shown} (a batch): "
                 f"{error.__cause__ or error}{hint}"
             ) from error
+
+
+def _row_shapes(batch: tuple[Any, ...]) -> list[list[tuple[int, ...]]]:
+    """The shape of one data point, of all tensors of each element of a batch."""
+    return [
+        [tuple(leaf.shape[1:]) for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+        for value in batch
+    ]
+
+
+def _shown(shapes: list[list[tuple[int, ...]]]) -> str:
+    return ", ".join(
+        f"{letter} {' '.join(map(str, each))}" for letter, each in zip("xy", shapes, strict=False)
+    )
 
 
 def check_model(model: object, batch: tuple[Any, ...]) -> None:
@@ -244,98 +281,155 @@ def check_parameters(objective: nn.Module, batch: tuple[Any, ...]) -> None:
 def check_scale(
     model: Any, guide: AdditiveNoiseGuide, batch: tuple[Any, ...], num_data: int | None
 ) -> None:
-    """Refuse a model written by hand that does not know that a batch is a part of the data.
+    """Refuse a model written by hand that takes a batch for something else than it is.
 
-    Its KL would be too strong, by as much as the batch is smaller than the data; and variables of
-    its own for each data point would be fitted to others, for ``fit`` shuffles.
+    One that observes nothing has no data to be fitted to. Variables of its own for each data point
+    would be fitted to others, for ``fit`` shuffles. And where a batch of ``M`` points does not
+    count as all ``num_data``, the KL is too strong or too weak.
 
     Raises:
         ValueError: Names the site.
     """
-    _check_local(model, guide, batch)
-    size = len(batch[-1])
-    if num_data is None or size >= num_data:
-        return
-    for name, site in _observed(model, guide, batch):
-        if size in site["fn"].batch_shape and _all_ones(site["scale"]):
-            raise ValueError(
-                f'at site "{name}", a batch of {size} of the {num_data} data points counts as '
-                f"{size} points: the KL would count {num_data / size:.3g} times too much.\n"
-                f'  Try pyro.plate("data", {num_data}, subsample=torch.arange(len(x))) in the '
-                "model, or batch_size=len(x)."
-            )
-
-
-def _check_local(model: Any, guide: AdditiveNoiseGuide, batch: tuple[Any, ...]) -> None:
-    if guide.create_plates is not None:  # says which rows of the guide a batch is of
-        return
-    local = {
-        frame.name: name
-        for name, site in guide.prototype_trace.iter_stochastic_nodes()
-        for frame in site["cond_indep_stack"]
-        if frame.vectorized
-    }
-    for plate in local.keys() & (_plates_of_data(model, guide, batch) if local else set()):
+    sites, of_data = _sites_of_data(model, guide, batch)
+    latent = [name for name, site in sites.items() if not site["is_observed"]]
+    if set(latent) != set(guide.sites):
         raise ValueError(
-            f'at site "{local[plate]}", plate "{plate}" gives every data point a variable of its '
-            "own, but fit shuffles the data: each would be fitted to other points.\n"
-            "  Try pyro.infer.SVI with TraceAnalyticKL_ELBO and the data in their order, or a "
-            "model with this variable integrated out."
+            f"guide is for the sites {', '.join(guide.sites)}, but the model has "
+            f"{', '.join(latent) or 'none'}."
         )
+    for name in latent:
+        if name not in of_data:
+            guide.check_shape(sites[name])
+    if not any(site["is_observed"] for site in sites.values()):
+        raise ValueError(
+            f"the model observes nothing: it has the latent sites {', '.join(sites)} alone, which "
+            "would be fitted to no data.\n  Try obs=y in the pyro.sample statement of the data."
+        )
+    if guide.create_plates is None:  # else it says which rows of the guide a batch is of
+        for name in of_data:
+            if not sites[name]["is_observed"]:
+                raise _local(name, sites[name])
+    for name in of_data:
+        if num_data is not None and sites[name]["is_observed"]:
+            _check_scale_of(name, sites[name], len(batch[-1]), num_data)
 
 
-def _plates_of_data(model: Any, guide: AdditiveNoiseGuide, batch: tuple[Any, ...]) -> set[str]:
-    """Names of the plates around observed sites that are subsampled, or as long as the batch."""
-    plates = _plates_around_data(model, guide, batch)
-    # A plate of something else, of outputs say, may be as long by chance: it stays as it is.
-    fewer = tree_map(lambda v: v[:-1] if isinstance(v, Tensor) and v.dim() else v, batch)
-    try:
-        shorter = _plates_around_data(model, guide, fewer)
-    except Exception:  # the model takes no other number of points than its plate has
-        shorter = {name: (0, 0) for name, (size, _) in plates.items() if size == len(batch[-1])}
-    return {
-        name
-        for name, (size, full_size) in plates.items()
-        if size != full_size or shorter.get(name, (size, 0))[0] != size
-    }
+def _local(name: str, site: dict[str, Any]) -> ValueError:
+    plates = [frame.name for frame in site["cond_indep_stack"] if frame.vectorized]
+    what = f'plate "{plates[-1]}" gives every data point' if plates else "every data point has"
+    return ValueError(
+        f'at site "{name}", {what} a variable of its own, but fit shuffles the data: each would be '
+        "fitted to other points.\n"
+        "  Try obs=y, if it is the data; else pyro.infer.SVI with TraceAnalyticKL_ELBO and the "
+        "data in their order, or a model with this variable integrated out."
+    )
 
 
-def _plates_around_data(
+def _check_scale_of(name: str, site: dict[str, Any], size: int, num_data: int) -> None:
+    """Refuse a site of ``size`` data points that does not count as ``num_data``."""
+    scale = torch.as_tensor(site["scale"], dtype=torch.float64)
+    if not _equal(scale, float(scale.flatten()[0])):
+        # Weights of the user's own: if there is a plate, it must be right.
+        frames: Any = site["cond_indep_stack"]
+        plates = math.prod((frame.full_size or frame.size) / frame.size for frame in frames)
+        if plates == 1:
+            return
+        scale = torch.tensor(plates, dtype=torch.float64)
+    right = num_data / size
+    if _equal(scale, right):
+        return
+    factor = right / float(scale.flatten()[0])
+    wrong = f"{factor:.3g} times too much" if factor > 1 else f"{1 / factor:.3g} times too little"
+    remedy = ", or batch_size=len(x)" if _equal(scale, 1.0) else ""
+    raise ValueError(
+        f'at site "{name}", a batch of {size} of the {num_data} data points counts as '
+        f"{num_data / factor:.6g} points: the KL would count {wrong}.\n"
+        f'  Try pyro.plate("data", {num_data}, subsample=torch.arange(len(x))) in the model'
+        f"{remedy}. A weight of the KL on purpose is TraceAnalyticKL_ELBO(kl_weight=...)."
+    )
+
+
+def _equal(scale: Tensor, value: float) -> bool:
+    return bool(((scale - value).abs() <= 1e-4 * abs(value)).all())
+
+
+def _sites_of_data(
     model: Any, guide: AdditiveNoiseGuide, batch: tuple[Any, ...]
-) -> dict[str, tuple[int, int]]:
-    """Size, and size in full, of the vectorized plates around observed sites, by name.
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """The model's sites for a batch, and the names of those that are of its data points.
+
+    They are those that have fewer rows, or are not there, for fewer data points. A site or plate of
+    something else, of outputs say, may be as long as the batch by chance.
+    """
+    with fork_rng(), _buffers_kept(model):
+        weights: dict[str, Tensor] = guide(*batch)
+        sites = _sites(model, weights, batch)
+        fewer = tree_map(lambda v: v[:-1] if isinstance(v, Tensor) and v.dim() else v, batch)
+        try:
+            shorter = _sites(model, weights, fewer)
+        except Exception:  # the model takes no other number of points than its plate has
+            size = len(batch[-1])
+            return sites, [name for name, site in sites.items() if size in _sizes(site)]
+    return sites, [
+        name
+        for name, site in sites.items()
+        if name not in shorter or _sizes(site) != _sizes(shorter[name])
+    ]
+
+
+def _sites(
+    model: Any, weights: dict[str, Tensor], batch: tuple[Any, ...]
+) -> dict[str, dict[str, Any]]:
+    """The sample sites for a batch, at these weights, with zeros for what has another shape.
 
     Raises:
         ValueError: An observed value is not of the shape of its distribution.
     """
-    plates = {}
-    for name, site in _observed(model, guide, batch):
-        if site["value"].shape != site["fn"].shape():
-            raise ValueError(f'at site "{name}", the shapes differ.')
-        for frame in site["cond_indep_stack"]:
-            if frame.vectorized:
-                plates[frame.name] = frame.size, frame.full_size or frame.size
-    return plates
 
+    def value_of(site: dict[str, Any]) -> Tensor:
+        shape = site["fn"].shape()
+        own = weights.get(site["name"], any_of_them)
+        return own if own.shape == shape else own.new_zeros(shape)
 
-def _observed(
-    model: Any, guide: AdditiveNoiseGuide, batch: tuple[Any, ...]
-) -> list[tuple[str, Any]]:
-    """Names and entries of the observed sites, for a batch and weights of the guide."""
-    with fork_rng():
-        # Plates are the model's own: those of the guide are always of all data.
-        weights = prune_subsample_sites(poutine.trace(guide).get_trace(*batch))
-        trace = poutine.trace(poutine.replay(model, weights)).get_trace(*batch)
-        nodes: dict[str, Any] = trace.nodes
-    return [
-        (name, site)
+    any_of_them = next(iter(weights.values()))
+
+    trace: Any = poutine.trace(InitMessenger(value_of)(model)).get_trace(*batch)
+    nodes: dict[str, Any] = prune_subsample_sites(trace).nodes
+    sites = {
+        name: site
         for name, site in nodes.items()
-        if site["type"] == "sample" and site["is_observed"]
-    ]
+        if site["type"] == "sample" and not site["infer"].get("_deterministic")
+    }
+    for name, site in sites.items():
+        if site["is_observed"] and not _broadcasts(site["value"].shape, site["fn"].shape()):
+            raise ValueError(
+                f'at site "{name}", obs has shape {tuple(site["value"].shape)}, but its '
+                f"distribution has {tuple(site['fn'].shape())}."
+            )
+    return sites
 
 
-def _all_ones(scale: float | Tensor) -> bool:
-    return bool((torch.as_tensor(scale) == 1).all())
+def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    return len(shape) <= len(to) and all(
+        own in (1, other) for own, other in zip(reversed(shape), reversed(to), strict=False)
+    )
+
+
+def _sizes(site: dict[str, Any]) -> tuple[int, ...]:
+    """Sizes of a site's dimensions, and of the plates around it."""
+    return (*site["fn"].shape(), *(frame.size for frame in site["cond_indep_stack"]))
+
+
+@contextmanager
+def _buffers_kept(model: Any) -> Iterator[None]:
+    """Running statistics as they were before."""
+    buffers = list(model.buffers()) if isinstance(model, nn.Module) else []
+    values = [value.clone() for value in buffers]
+    try:
+        yield
+    finally:
+        for buffer, value in zip(buffers, values, strict=True):
+            buffer.copy_(value)
 
 
 def _lift(model: object) -> str:

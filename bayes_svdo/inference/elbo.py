@@ -7,7 +7,6 @@ and lets linear operations draw their output instead of their weights (local rep
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from torch.distributions import kl_divergence
 
 from bayes_svdo._names import closest
 from bayes_svdo.distributions.undrawn import LocalReparameterization, Reuse, WeightReused
+from bayes_svdo.inference.arguments import check_count, check_weight
 from bayes_svdo.models.bayesian_network import BayesianNetwork, noisy_outputs
 
 
@@ -82,8 +82,9 @@ class TraceAnalyticKL_ELBO(TraceMeanField_ELBO):
         **kwargs: As for ``TraceMeanField_ELBO`` (``num_particles``, ``vectorize_particles``, ...).
 
     Raises:
-        ValueError: ``kl_weight`` is negative or not finite; or, when it is evaluated, the guide has
-            no site of a name in ``drawn``.
+        TypeError: ``kl_weight`` is neither a number nor a scalar tensor.
+        ValueError: ``kl_weight`` is negative or not finite, or ``num_particles`` is below 1; or,
+            when it is evaluated, the guide has no site of a name in ``drawn``.
 
     Example::
 
@@ -101,9 +102,9 @@ class TraceAnalyticKL_ELBO(TraceMeanField_ELBO):
         drawn: str | Collection[str] = (),
         **kwargs: Any,
     ) -> None:
+        check_count("num_particles", kwargs.get("num_particles", 1))
         super().__init__(**kwargs)
-        if not isinstance(kl_weight, Tensor) and not 0 <= kl_weight < math.inf:
-            raise ValueError(f"kl_weight must be finite and not negative, but is {kl_weight}.")
+        check_weight("kl_weight", kl_weight)
         self.kl_weight = kl_weight
         self.local_reparameterization = local_reparameterization
         self.reuse = reuse

@@ -34,6 +34,7 @@ from bayes_svdo.distributions.pruned import (
     PrunedAdditiveNoiseNormal,
 )
 from bayes_svdo.distributions.scale_free import ScaleFreePrior
+from bayes_svdo.inference.arguments import is_number
 from bayes_svdo.models import BayesianNetwork
 
 Sigma = Literal["weight", "unit", "layer"]
@@ -64,10 +65,12 @@ class AdditiveNoiseGuide(AutoGuide):
             sites of a hand-written model.
 
     Raises:
-        TypeError: ``init`` gives a value that is not a floating-point tensor, or of another dtype
-            than the network's weight.
+        TypeError: ``model`` cannot be called, ``init_log_sigma2`` is no number, or ``init`` is
+            neither a mapping nor a function, or gives a value that is not a floating-point tensor,
+            or of another dtype than the network's weight.
         ValueError: ``sigma`` is unknown, ``init_log_sigma2`` is not finite, or ``init`` names a
-            site that is not there, or gives a value of the wrong shape or one that is not finite.
+            site that is not there, or gives a value of the wrong shape or one that is not finite;
+            or a site is discrete.
         NotImplementedError: A site's support is not the real line.
     """
 
@@ -82,8 +85,17 @@ class AdditiveNoiseGuide(AutoGuide):
     ) -> None:
         if sigma not in get_args(Sigma):
             raise unknown_name("sigma", sigma, get_args(Sigma))
+        if not callable(model):
+            raise TypeError(f"model must be a BayesianNetwork or a Pyro model, but is {model!r}.")
+        if not is_number(init_log_sigma2):
+            raise TypeError(f"init_log_sigma2 must be a number, but is {init_log_sigma2!r}.")
         if not math.isfinite(init_log_sigma2):
             raise ValueError(f"init_log_sigma2 must be finite, but is {init_log_sigma2}.")
+        if init is not None and not callable(init) and not isinstance(init, Mapping):
+            raise TypeError(
+                "init must be a mapping from site name to tensor or a function of the Pyro site, "
+                f"but is {init!r}.\n  Try init={{name: tensor}}."
+            )
         self.init_log_sigma2 = float(init_log_sigma2)
         self.sigma = sigma
         self._init = init
@@ -102,8 +114,16 @@ class AdditiveNoiseGuide(AutoGuide):
         copy._init, copy._initial = self._init, _Initial(model, self._init)
         copy._model = (InitMessenger(copy._initial)(model),)
         if self.prototype_trace is not None:
-            copy._initial.sites = self.sites
+            copy._initial.prototype = self.prototype_trace
         return copy
+
+    def check_shape(self, site: Mapping[str, Any]) -> None:
+        """Refuse a site of the model that has another shape than that of this guide.
+
+        Raises:
+            ValueError: Names the site.
+        """
+        _check_shape(site, self.prototype_trace.nodes[site["name"]]["fn"])
 
     @property
     def model(self) -> Callable[..., Any]:
@@ -172,7 +192,7 @@ class AdditiveNoiseGuide(AutoGuide):
             _submodule(self.keep, owner).register_buffer(
                 key, torch.ones_like(value, dtype=torch.bool)
             )
-        self._initial.sites = self.sites
+        self._initial.prototype = self.prototype_trace
 
     def _sigma_shape(self, value: Tensor) -> torch.Size:
         if self.sigma == "weight":
@@ -337,12 +357,20 @@ class _Initial:
     def __init__(self, model: Callable[..., Any], init: Init | None) -> None:
         self.own = model.initial_weights() if isinstance(model, BayesianNetwork) else {}
         self.init = init
-        self.sites: tuple[str, ...] | None = None  # all, until the guide has found its own
+        self.prototype: Any = None  # until the guide has found its sites
 
     def __call__(self, site: Mapping[str, Any]) -> Tensor | None:
         name, fn = site["name"], site["fn"]
-        if self.sites is not None and name not in self.sites:
-            return None
+        if self.prototype is not None:
+            if name not in self.prototype.nodes:
+                return None
+            _check_shape(site, self.prototype.nodes[name]["fn"])
+        if fn.support.is_discrete:  # Pyro takes the error below for one of its own
+            raise ValueError(
+                f'at site "{name}", AdditiveNoiseGuide needs a prior with real support, but {fn} '
+                "is discrete.\n  Try obs=y, if it is the data; else pyro.infer.config_enumerate "
+                "and pyro.infer.TraceEnum_ELBO."
+            )
         if not _is_real(fn.support):
             raise NotImplementedError(
                 f'at site "{name}", AdditiveNoiseGuide needs a prior with real support, but {fn} '
@@ -379,6 +407,17 @@ class _Initial:
         if not value.isfinite().all():
             raise ValueError(f'at site "{name}", init gives values that are not finite.')
         return value
+
+
+def _check_shape(site: Mapping[str, Any], own: Any) -> None:
+    fn = site["fn"]
+    # A plate may show a part of itself, or be of particles.
+    same_batch = bool(site["cond_indep_stack"]) or fn.batch_shape == own.batch_shape
+    if fn.event_shape != own.event_shape or not same_batch:
+        raise ValueError(
+            f'at site "{site["name"]}", guide has shape {tuple(own.shape())} but the model has '
+            f"{tuple(fn.shape())}."
+        )
 
 
 def _for_all_of_its_plates(value: Tensor, site: Mapping[str, Any]) -> Tensor:

@@ -14,7 +14,12 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from bayes_svdo.inference.arguments import check_count, check_seed, check_threshold
+from bayes_svdo.inference.arguments import (
+    check_count,
+    check_seed,
+    check_threshold,
+    choose_device,
+)
 from bayes_svdo.inference.draws import outputs_at_draws
 from bayes_svdo.inference.guide import AdditiveNoiseGuide
 from bayes_svdo.inference.history import History
@@ -312,10 +317,18 @@ class Posterior:
         return next(self.guide.parameters()).dtype
 
     def to(self, device: str | torch.device) -> Posterior:
-        """Move model and guide to a device, in place."""
-        self.guide.to(device)
+        """Move model and guide to a device, in place.
+
+        Args:
+            device: As for ``fit``.
+
+        Raises:
+            ValueError: The device is unknown, or not there.
+        """
+        where = choose_device(device)
+        self.guide.to(where)
         if isinstance(self.model, nn.Module):
-            self.model.to(device)
+            self.model.to(where)
         return self
 
     def summary(self, threshold: float | None = None) -> str:

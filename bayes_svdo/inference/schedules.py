@@ -8,8 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+from bayes_svdo._signatures import check_takes
 
 Schedule = Callable[[float], float]
+
+_PROGRESS = "the fraction of training done"
 
 
 @dataclass(frozen=True)
@@ -74,10 +79,11 @@ def as_warmup(kl_warmup: Schedule | tuple[float, float]) -> Schedule:
     """A schedule of the KL weight, from one or from the two fractions of :class:`KLWarmup`.
 
     Raises:
-        TypeError: It is neither.
+        TypeError: It is neither, or a function of something else.
         ValueError: The fractions are not ``0 <= start <= end <= 1``.
     """
     if callable(kl_warmup):
+        check_takes("kl_warmup", kl_warmup, _PROGRESS)
         return kl_warmup
     try:
         start, end = (float(fraction) for fraction in kl_warmup)
@@ -89,13 +95,38 @@ def as_warmup(kl_warmup: Schedule | tuple[float, float]) -> Schedule:
     return KLWarmup(start, end)
 
 
+def as_lr_schedule(lr_schedule: Schedule | None) -> Schedule:
+    """A schedule of the learning rate; the default one for None.
+
+    Raises:
+        TypeError: It is not a function of one argument.
+    """
+    if lr_schedule is None:
+        return ConstantThenLinear()
+    given: object = lr_schedule
+    if not callable(given):
+        raise TypeError(f"lr_schedule must be a function of {_PROGRESS}, but is {lr_schedule!r}.")
+    check_takes("lr_schedule", lr_schedule, _PROGRESS)
+    return lr_schedule
+
+
 def value_at(schedule: Schedule, progress: float, name: str) -> float:
     """The schedule's value at ``progress``.
 
     Raises:
+        TypeError: It is no number.
         ValueError: It is negative, NaN or infinite.
     """
-    value = float(schedule(progress))
+    given: Any = schedule(progress)
+    try:
+        if isinstance(given, str):
+            raise TypeError
+        value = float(given)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"{name} must give numbers, but gives {given!r} at progress {progress:.3g}."
+            + ("\n  Try a return statement in it." if given is None else "")
+        ) from None
     if not 0 <= value < math.inf:
         raise ValueError(
             f"{name} must give numbers that are finite and not negative, but gives {value} at "

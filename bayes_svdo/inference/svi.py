@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from bayes_svdo._signatures import check_takes
 from bayes_svdo.inference.arguments import (
     check_count,
     check_functions,
@@ -34,7 +35,7 @@ from bayes_svdo.inference.elbo import TraceAnalyticKL_ELBO
 from bayes_svdo.inference.guide import AdditiveNoiseGuide
 from bayes_svdo.inference.objective import Objective
 from bayes_svdo.inference.posterior import Posterior, local_parameters, named_apart
-from bayes_svdo.inference.schedules import ConstantThenLinear, Schedule, as_warmup
+from bayes_svdo.inference.schedules import Schedule, as_lr_schedule, as_warmup
 from bayes_svdo.inference.surroundings import denormals_flushed, new_tensors, random_state
 from bayes_svdo.inference.training import (
     Callback,
@@ -112,7 +113,8 @@ def fit(
         compile: Trace and compile the objective, which takes up to a minute and then a step about
             half its time. On a CPU it draws the same random numbers, on CUDA others. ``"auto"``:
             where there is a compiler, for runs of 10,000 steps or more; what cannot be compiled is
-            said, and runs as it is.
+            said, and runs as it is. What else the model reads, such as an attribute that a callback
+            changes, is a constant then.
         callbacks: Called after every epoch with an :class:`EpochEnd`, on every device's process;
             one that returns ``True`` ends training.
         seed: Makes the run reproducible, given the network's initial weights
@@ -133,11 +135,9 @@ def fit(
     epochs, seed = check_count("epochs", epochs, least=0), check_seed(seed)
     rates = check_rate("lr", lr), check_rate("sigma_lr", lr if sigma_lr is None else sigma_lr)
     warmup, callbacks = as_warmup(kl_warmup), check_functions("callbacks", callbacks)
-    if lr_schedule is not None and not callable(lr_schedule):
-        raise TypeError(
-            "lr_schedule must be a function of the fraction of training done, but is "
-            f"{lr_schedule!r}."
-        )
+    for callback in callbacks:
+        check_takes("a callback", callback, "the EpochEnd")
+    lr_schedule = as_lr_schedule(lr_schedule)
     if elbo is not None and not isinstance(elbo, TraceAnalyticKL_ELBO):
         raise TypeError(
             f"elbo must be a TraceAnalyticKL_ELBO, but is {elbo!r}.\n"
@@ -183,8 +183,8 @@ def fit(
             check_pruning(guide)
         held_out = _held_out(validation, posterior, where, dtype)
         if not isinstance(model, BayesianNetwork):
-            check_parameters(objective, first)
             check_scale(model, guide, first, batches.num_data)
+            check_parameters(objective, first)
         run = TrainingRun(
             fabric=fabric,
             ranks=ranks,
@@ -197,7 +197,7 @@ def fit(
             validation=held_out,
             epochs=epochs,
             rates=rates,
-            lr_schedule=lr_schedule or ConstantThenLinear(),
+            lr_schedule=lr_schedule,
             kl_warmup=warmup,
             prune_while_training=prune_while_training,
             callbacks=callbacks,

@@ -28,6 +28,7 @@ from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 
 from bayes_svdo._names import closest
+from bayes_svdo._signatures import check_takes
 from bayes_svdo.distributions import LogUniform
 from bayes_svdo.distributions.scale_free import ScaleFreePrior
 from bayes_svdo.distributions.undrawn import again, constants, drawn
@@ -366,6 +367,7 @@ def _predicate(rule: Where | None) -> _Rule:
     if isinstance(rule, type) and issubclass(rule, nn.Module):
         return lambda name, parameter, module: isinstance(module, rule) and parameter.dim() >= 2
     if callable(rule) and not isinstance(rule, (type, nn.Module)):
+        check_takes("where", rule, "the name", "the parameter")
         return lambda name, parameter, module: rule(name, parameter)
     raise TypeError(
         "where must be a name pattern, a module type, a predicate of name and parameter, or a list "

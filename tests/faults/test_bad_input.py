@@ -313,6 +313,12 @@ def test_callbacks_that_are_none(callbacks: Any) -> None:
     refused(TypeError, message, callbacks=callbacks)
 
 
+@pytest.mark.parametrize("callback", [lambda: None, lambda epoch, row, posterior: None])
+def test_callbacks_of_other_arguments(callback: Any) -> None:
+    message = "a callback must be a function of one argument, the EpochEnd, but <lambda> cannot"
+    refused(TypeError, message, callbacks=[print, callback])
+
+
 @pytest.mark.parametrize("lr_schedule", [0.5, "linear", (0.0, 1.0)])
 def test_learning_rate_schedule_that_is_none(lr_schedule: Any) -> None:
     message = "lr_schedule must be a function of the fraction of training done, but is"

@@ -17,6 +17,7 @@ from bayes_svdo.inference.arguments import (
     check_rate,
     check_seed,
     check_threshold,
+    check_weight,
     choose_device,
 )
 
@@ -126,3 +127,20 @@ def test_devices_are_numbered(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device("cuda:0") == CUDA
     with pytest.raises(ValueError, match=r'device "cuda:2" is not available.*2 CUDA devices'):
         choose_device("cuda:2")
+
+
+@pytest.mark.parametrize("value", [0, 0.5, np.float32(2.0), torch.tensor(0.5), torch.tensor(1)])
+def test_numbers_and_scalar_tensors_are_weights(value: Any) -> None:
+    check_weight("kl_weight", value)
+
+
+@pytest.mark.parametrize("value", ["1", None, True, torch.ones(1), torch.tensor(True), [1.0]])
+def test_what_is_no_number_is_no_weight(value: Any) -> None:
+    with pytest.raises(TypeError, match="kl_weight must be a number or a scalar tensor, but is"):
+        check_weight("kl_weight", value)
+
+
+@pytest.mark.parametrize("value", [-1, math.nan, math.inf, torch.tensor(-1.0)])
+def test_weights_are_finite_and_not_negative(value: Any) -> None:
+    with pytest.raises(ValueError, match="kl_weight must be finite and not negative, but is"):
+        check_weight("kl_weight", value)

@@ -375,3 +375,25 @@ def test_ranks_share_the_data_in_parts_of_one_length():
     counts = torch.cat(seen).bincount(minlength=len(X))
     assert counts.min() == 1  # all of them come,
     assert counts.sum() == 3 * len(seen[0])  # and as few as it takes twice
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (
+            torch.eye(4).to_sparse(),
+            TypeError,
+            r"(?s)train x must be dense.*sparse_coo.*to_dense",
+        ),
+        (torch.zeros(4, 4, device="meta"), ValueError, 'train x is on device "meta"'),
+    ],
+    ids=["sparse", "meta"],
+)
+@pytest.mark.parametrize("as_dataset", [False, True])
+def test_tensors_without_values_to_look_at_are_refused(
+    x: Tensor, error: Any, message: str, as_dataset: bool
+) -> None:
+    y = torch.arange(4)
+    data = TensorDataset(x, y) if as_dataset else (x, y)
+    with pytest.raises(error, match=message):
+        make_batches(data, 2, torch.device("cpu"), "train")

@@ -526,6 +526,38 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: rewrite(folder, lambda d: d["likelihood"].update(name="Cauchy")),
         r"posterior\.json is damaged: KeyError\('Cauchy'\)",
     ),
+    "a threshold in words": (
+        lambda folder: rewrite(folder, lambda d: d.update(threshold="three")),
+        r"posterior\.json is damaged, at \"threshold\": .*three",
+    ),
+    "no threshold": (
+        lambda folder: rewrite(folder, lambda d: d.update(threshold=None)),
+        r"posterior\.json is damaged, at \"threshold\": .*None",
+    ),
+    "half a data point": (
+        lambda folder: rewrite(folder, lambda d: d.update(num_data=0.5)),
+        r"posterior\.json is damaged, at \"num_data\": .*0\.5",
+    ),
+    "an unknown sigma": (
+        lambda folder: rewrite(folder, lambda d: d["guide"].update(sigma="wieght")),
+        r"posterior\.json is damaged, at \"guide\": .*wieght.*weight",
+    ),
+    "a variance in words": (
+        lambda folder: rewrite(folder, lambda d: d["guide"].update(init_log_sigma2="-10")),
+        r"posterior\.json is damaged, at \"guide\": init_log_sigma2 must .*'-10'",
+    ),
+    "a guide in words": (
+        lambda folder: rewrite(folder, lambda d: d.update(guide="additive")),
+        r"posterior\.json is damaged, at \"guide\": ",
+    ),
+    "an unknown network": (
+        lambda folder: rewrite(folder, lambda d: d["network"].update(name="4-8-x")),
+        r"posterior\.json is damaged, at \"network\": ",
+    ),
+    "history in words": (
+        lambda folder: rewrite(folder, lambda d: d.update(history=["long ago"])),
+        r"posterior\.json is damaged",
+    ),
     "a file elsewhere": (
         lambda folder: rewrite(folder, lambda d: d.update(tensors="../../secret")),
         r"is damaged: it has no file \.\./\.\./secret",
@@ -558,6 +590,52 @@ def test_nothing_there_is_an_error(tmp_path: Path) -> None:
 def test_another_network_is_refused(saved: Path, net: nn.Module, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         Posterior.load(saved, net=net)
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        (
+            nn.Linear,
+            r"(?s)net must be a torch\.nn\.Module, but is the class Linear.*Linear\(\.\.\.",
+        ),
+        ("4-8-3", r"net must be a torch\.nn\.Module, but is '4-8-3'"),
+    ],
+    ids=["class", "name"],
+)
+def test_what_is_no_network_is_refused(saved: Path, net: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        Posterior.load(saved, net=net)
+
+
+def test_the_class_of_a_model_is_refused(tmp_path: Path) -> None:
+    by_hand(Regression()).save(tmp_path / "run")
+    with pytest.raises(TypeError, match=r"(?s)model must be .*class Regression.*Regression\("):
+        Posterior.load(tmp_path / "run", model=Regression)
+
+
+def test_a_model_of_other_shapes_is_refused_when_it_runs(tmp_path: Path) -> None:
+    """A function shows its sites no sooner."""
+
+    def make_model(size: int, name: str = "w") -> Any:
+        def model(x: Tensor, y: Tensor | None = None) -> None:
+            w = pyro.sample(name, LogUniform().expand([size]).to_event(1))
+            with pyro.plate("data", len(x)):
+                pyro.sample("y", dist.Normal(x @ w[:4], 1.0), obs=y)
+
+        return model
+
+    data, settings = (X, X[:, 0]), {"epochs": 1, "device": "cpu", "progress": False}
+    fit(make_model(4), data, **settings).save(tmp_path / "run")  # type: ignore[arg-type]
+    loaded = Posterior.load(tmp_path / "run", model=make_model(5))
+    message = r'at site "w", guide has shape \(4,\) but the model has \(5,\)'
+    with pytest.raises(ValueError, match=message):
+        Predictive(loaded.guide.model, guide=loaded.guide, num_samples=3)(X)
+    with pytest.raises(ValueError, match=message):
+        fit(loaded.model, data, guide=loaded.guide, **settings)  # type: ignore[arg-type]
+    other = make_model(4, "v")
+    with pytest.raises(ValueError, match="guide is for the sites w, but the model has v"):
+        fit(other, data, guide=Posterior.load(tmp_path / "run", model=other).guide, **settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.cuda

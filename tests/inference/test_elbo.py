@@ -562,3 +562,17 @@ def test_the_objective_is_the_same_on_a_gpu() -> None:
     torch.testing.assert_close(
         {name: kl.cpu() for name, kl in there.kl.items()}, here.kl, rtol=1e-9, atol=0
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"num_particles": 0}, ValueError, "num_particles must be an integer of at least 1"),
+        ({"num_particles": 1.5}, ValueError, "num_particles must be an integer .*but is 1.5"),
+        ({"kl_weight": "1"}, TypeError, "kl_weight must be a number or a scalar .*but is '1'"),
+        ({"kl_weight": torch.tensor(-1.0)}, ValueError, "kl_weight must be finite and not"),
+    ],
+)
+def test_arguments_that_cannot_be_are_named(arguments: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        TraceAnalyticKL_ELBO(**arguments)

@@ -490,3 +490,17 @@ def test_sites_under_a_proper_prior_are_never_pruned() -> None:
     assert (median["b"] != 0).all()
     assert guide.log_alpha()["b"].isfinite()
     assert guide.is_pruned(math.inf)["w"].all()  # for good
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "message"),
+    [
+        (None, {}, "model must be a BayesianNetwork or a Pyro model, but is None"),
+        (print, {"init": "zeros"}, r"(?s)init must be a mapping .* but is 'zeros'.*Try init=\{"),
+        (print, {"init_log_sigma2": "-10"}, "init_log_sigma2 must be a number, but is '-10'"),
+        (print, {"init_log_sigma2": None}, "init_log_sigma2 must be a number, but is None"),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_named(model: Any, arguments: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        AdditiveNoiseGuide(model, **arguments)

@@ -418,3 +418,13 @@ def test_an_array_of_numpys_own_dtype_is_refused_with_what_an_array_can_do() -> 
         posterior.predict(np.zeros((3, 4)))
     with pytest.raises(ValueError, match=message):
         posterior.predict(np.zeros((3, 4)), 2)
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    posterior = posterior_of(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r'unknown device "cdua".*Did you mean "cuda"\?'):
+        posterior.to("cdua")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r'device "cuda" is not available.*0 CUDA devices'):
+        posterior.to("cuda")
+    assert posterior.to("cpu").device.type == "cpu"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bayes_svdo.inference import ConstantThenLinear, KLWarmup
-from bayes_svdo.inference.schedules import as_warmup, value_at
+from bayes_svdo.inference.schedules import as_lr_schedule, as_warmup, value_at
 
 FRACTION = st.floats(0, 1)
 
@@ -85,3 +87,29 @@ def test_a_warmup_that_is_neither_is_refused(given: Any) -> None:
 def test_schedule_that_gives_no_weight_is_refused_by_name(value: float) -> None:
     with pytest.raises(ValueError, match=r"lr_schedule must give.*at progress 0.25"):
         value_at(lambda progress: value, 0.25, "lr_schedule")
+
+
+@pytest.mark.parametrize("value", [None, "0.5", "half", [0.5], 1j, torch.ones(2)])
+def test_schedule_that_gives_no_number_is_refused_by_name(value: Any) -> None:
+    with pytest.raises(TypeError, match=r"kl_warmup must give numbers, but gives .* 0.25\."):
+        value_at(lambda progress: value, 0.25, "kl_warmup")
+
+
+@pytest.mark.parametrize("value", [1, True, np.float32(1.0), torch.tensor(1.0)])
+def test_numbers_of_any_kind_are_values(value: Any) -> None:
+    assert value_at(lambda progress: value, 0.25, "kl_warmup") == 1.0
+
+
+def test_a_schedule_of_other_arguments_is_refused() -> None:
+    words = "must be a function of one argument, the fraction of training done, but <lambda> cannot"
+    with pytest.raises(TypeError, match=f"kl_warmup {words}"):
+        as_warmup(lambda: 1.0)  # type: ignore[arg-type,misc]
+    with pytest.raises(TypeError, match=f"lr_schedule {words}"):
+        as_lr_schedule(lambda step, epoch: 1.0)  # type: ignore[arg-type,misc]
+
+
+def test_a_learning_rate_schedule_is_a_function_or_the_default() -> None:
+    assert as_lr_schedule(None) == ConstantThenLinear()
+    assert as_lr_schedule(abs) is abs
+    with pytest.raises(TypeError, match=r"lr_schedule must be a function of the .*but is 0\.5"):
+        as_lr_schedule(0.5)  # type: ignore[arg-type]

@@ -460,6 +460,23 @@ def test_precisions(precision: str) -> None:
     assert posterior.history[-1]["accuracy"] > 0.8
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_mixed_precision_rounds_no_targets(compile: bool, monkeypatch: Any) -> None:
+    seen = set()
+
+    class Watching(Gaussian):
+        def forward(self, output: Tensor, y: Tensor | None, *rest: Any) -> None:
+            if y is not None:
+                seen.add(y.dtype)
+            super().forward(output, y, *rest)
+
+    monkeypatch.setattr("bayes_svdo.inference.compiled._compiled", lambda graph, *_: graph)
+    model = BayesianNetwork(nn.Linear(X.shape[1], 1), Watching(), num_data=N)
+    data = X, 1001.0 + X[:, :1]
+    quick(model, data, epochs=1, precision="bf16-mixed", compile=compile)
+    assert seen == {torch.float32}
+
+
 def test_a_float64_network_is_trained_as_it_is() -> None:
     model = BayesianNetwork(make_net().double(), Categorical(), num_data=N)
     posterior = quick(model, (X.double(), Y), validation=(X.double(), Y))

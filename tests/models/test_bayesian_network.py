@@ -366,6 +366,13 @@ def test_a_where_of_a_wrong_type_is_refused(where: Any) -> None:
         network(mlp(), where=where)
 
 
+@pytest.mark.parametrize("where", [lambda name: True, lambda name, parameter, module: True])
+def test_a_predicate_of_other_arguments_is_refused(where: Any) -> None:
+    message = "where must be a function of 2 arguments, the name and the parameter, but <lambda>"
+    with pytest.raises(TypeError, match=message):
+        network(mlp(), where=where)
+
+
 def test_a_net_without_weights_is_refused() -> None:
     with pytest.raises(ValueError, match=r"selects none.*\n.*no parameters"):
         network(nn.ReLU())
