@@ -206,11 +206,12 @@ def table() -> str:
         name = path.stem.removeprefix("mnist_dense_").partition("_final")[0]
         config = tomllib.loads((CONFIGS / f"{name}.toml").read_text())
         published, net = config["published"], "-".join(map(str, config["base"]["sizes"]))
+        eager = ", nothing compiled" if path.stem.endswith("_eager") else ""
         error, ratio = content["summary"]["error_percent"], content["summary"]["compression"]
         lines += [
             f"| {net} | {published['source']} | {published['error_percent']} "
             f"| {published['compression']}x | 1 |",
-            f"| | bayes_svdo | {error['mean']:.2f} ± {error['sd']:.2f} "
+            f"| | bayes_svdo{eager} | {error['mean']:.2f} ± {error['sd']:.2f} "
             f"| {ratio['mean']:.1f}x ± {ratio['sd']:.1f} | {len(content['runs'])} |",
         ]
     return "\n".join(lines)
