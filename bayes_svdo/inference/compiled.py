@@ -35,6 +35,8 @@ from bayes_svdo.inference.guide import AdditiveNoiseGuide
 from bayes_svdo.inference.objective import Objective, ObjectiveValue
 from bayes_svdo.inference.posterior import local_parameters
 from bayes_svdo.inference.surroundings import pyro_checks
+from bayes_svdo.models import BayesianNetwork
+from bayes_svdo.models.likelihoods import Likelihood
 
 # Every signature costs a compilation; of data with many shapes the rest runs as it is.
 _MOST_SIGNATURES = 8
@@ -104,11 +106,20 @@ def _has_compiler() -> bool:
     return any(map(which, [os.environ.get("CXX") or "g++", "clang++"]))
 
 
+class _Numbers(NamedTuple):
+    """What may change with every step without another graph: 0-dimensional, float64."""
+
+    kl_weight: Tensor
+    data_weight: Tensor
+    scale: Tensor
+
+
 class _Graph(NamedTuple):
     """What a signature was compiled to.
 
     Attributes:
-        run: ``(*state, kl_weight, *tensors)`` to loss, terms, score and gradients.
+        run: ``(*state, kl_weight, data_weight, scale, *tensors)`` to loss, terms, score and
+            gradients.
         trained: The parameters that get a gradient.
         state: They, all other parameters, and buffers, which may be written to.
     """
@@ -117,14 +128,14 @@ class _Graph(NamedTuple):
     trained: list[Tensor]
     state: list[Tensor]
 
-    def evaluate(self, kl_weight: Tensor, leaves: list[Any]) -> tuple[Tensor, Tensor, Tensor, Any]:
+    def evaluate(self, numbers: _Numbers, leaves: list[Any]) -> tuple[Tensor, Tensor, Tensor, Any]:
         """Loss, terms, score, and the list of gradients."""
-        if kl_weight.is_cuda:
+        on_cuda = numbers.scale.is_cuda
+        if on_cuda:
             torch.compiler.cudagraph_mark_step_begin()
-        tensors = _tensors(leaves)
-        with _autocast_traced(kl_weight.device.type):
-            loss, terms, score, *gradients = self.run(*self.state, kl_weight, *tensors)
-        if kl_weight.is_cuda:  # the next step's results come to the same memory
+        with _autocast_traced(numbers.scale.device.type):
+            loss, terms, score, *gradients = self.run(*self.state, *numbers, *_tensors(leaves))
+        if on_cuda:  # the next step's results come to the same memory
             return loss.clone(), terms.clone(), score.clone(), gradients
         return loss, terms, score, gradients
 
@@ -133,12 +144,13 @@ class CompiledObjective(nn.Module):
     """An :class:`Objective` that is traced and compiled, once for every signature of its inputs.
 
     The signature is the shapes, dtypes and devices of a batch, its values that are no tensors, the
-    modules' training mode, the model's ``num_data`` and the scale: a last, smaller batch costs one
-    more compilation. The KL's weight, the ELBO's own included, may change with every step. Whatever
-    else the model reads, such as an attribute that a callback changes, is a constant of the graph.
-    From the ninth signature on, new ones are evaluated as they are, with a warning. When half of
-    what is left of the weights has been zeroed for good, rows and columns that are dead leave the
-    graphs, which are compiled anew. Without gradients (``torch.no_grad()``) nothing is compiled.
+    modules' training mode, and ``num_data`` where a likelihood of the user's own reads it: a last,
+    smaller batch costs one more compilation. The KL's weight, the ELBO's own included, ``num_data``
+    and the scale may change with every step. Whatever else the model reads, such as an attribute
+    that a callback changes, is a constant of the graph. From the ninth signature on, new ones are
+    evaluated as they are, with a warning. When half of what is left of the weights has been zeroed
+    for good, rows and columns that are dead leave the graphs, which are compiled anew. Without
+    gradients (``torch.no_grad()``) nothing is compiled.
 
     Args:
         objective: The objective.
@@ -157,6 +169,7 @@ class CompiledObjective(nn.Module):
         self.objective: Objective = objective
         self.backend, self.required = backend, required
         self._graphs: dict[Any, _Graph] = {}
+        self._numbers: tuple[Any, Tensor, Tensor] | None = None
         self._gave_up = False
         self._layout = objective.guide.layout
         model = objective.model  # a guide has no modes
@@ -168,8 +181,8 @@ class CompiledObjective(nn.Module):
         if graph is None:
             value: ObjectiveValue = self.objective(kl_weight, *batch)
             return value
-        weight = self._total(kl_weight)
-        loss, terms, score = _Evaluate.apply(graph, weight, tree_leaves(batch), *graph.trained)
+        numbers = self._numbers_of(kl_weight, batch)
+        loss, terms, score = _Evaluate.apply(graph, numbers, tree_leaves(batch), *graph.trained)
         return ObjectiveValue(loss, terms, score)
 
     @torch.no_grad()
@@ -188,7 +201,7 @@ class CompiledObjective(nn.Module):
             return value
         for parameter in graph.trained:  # so that the new ones can have their memory
             parameter.grad = None
-        *values, gradients = graph.evaluate(self._total(kl_weight), tree_leaves(batch))
+        *values, gradients = graph.evaluate(self._numbers_of(kl_weight, batch), tree_leaves(batch))
         for parameter, gradient in zip(graph.trained, gradients, strict=True):
             parameter.grad = gradient
         return ObjectiveValue(*values)
@@ -222,14 +235,29 @@ class CompiledObjective(nn.Module):
             self._give_up(str(error))
         return graph
 
-    def _total(self, kl_weight: Tensor) -> Tensor:
-        """What the graph, traced at a weight of 1 of the ELBO's own, takes."""
-        own = self.objective.elbo.kl_weight
-        return (
-            kl_weight
-            if isinstance(own, float) and own == 1.0
-            else (kl_weight * own).detach().to(kl_weight)
-        )
+    def _numbers_of(self, kl_weight: Tensor, batch: tuple[Any, ...]) -> _Numbers:
+        """What the graph of a batch, which stands for itself alone, is given."""
+        own, scale = self.objective.elbo.kl_weight, self.objective.scale
+        if not (isinstance(own, float) and own == 1.0):
+            kl_weight = (kl_weight * own).detach().to(kl_weight)
+        size = self._free_size(batch)
+        ratio = 1.0 if size is None else self.objective.model.num_data / size
+        if self._numbers is None or self._numbers[0] != (ratio, scale):
+            made = (kl_weight.new_tensor(ratio), kl_weight.new_tensor(scale))
+            self._numbers = ((ratio, scale), *made)
+        return _Numbers(kl_weight, *self._numbers[1:])
+
+    def _free_size(self, batch: tuple[Any, ...]) -> int | None:
+        """Size of the batch if it can stand for itself; None if ``num_data`` is in the graph."""
+        model = self.objective.model
+        if not isinstance(model, BayesianNetwork) or type(model).forward != BayesianNetwork.forward:
+            return None
+        kind = type(model.likelihood)
+        own = kind.forward != Likelihood.forward or kind._observe != Likelihood._observe
+        if own or len(batch) != 2 or not isinstance(batch[1], Tensor):
+            return None
+        size = len(batch[1]) if batch[1].dim() else 0
+        return size if 0 < size <= model.num_data else None
 
     def _give_up(self, why: str) -> None:
         """Compile nothing more, and say so once."""
@@ -239,6 +267,7 @@ class CompiledObjective(nn.Module):
     def _signature(self, batch: tuple[Any, ...]) -> Any:
         leaves, spec = tree_flatten(batch)
         device = self.objective.guide.location_parameters()[0].device.type
+        free = self._free_size(batch)
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         return (
             tuple(
@@ -249,8 +278,7 @@ class CompiledObjective(nn.Module):
             ),
             str(spec),
             tuple([module.training for module in self._modes]),
-            getattr(self.objective.model, "num_data", None),
-            self.objective.scale,
+            getattr(self.objective.model, "num_data", None) if free is None else None,
             autocast,
         )
 
@@ -261,15 +289,17 @@ class CompiledObjective(nn.Module):
         fixed = {name: value for name, value in parameters.items() if not value.requires_grad}
         fixed |= dict(objective.named_buffers())
         leaves, spec = tree_flatten(batch)
+        size = self._free_size(batch)
 
         def run(*inputs: Tensor) -> list[Tensor]:
             given = iter(inputs)
             own = [next(given).detach().requires_grad_() for _ in trained]
             state = dict(zip(trained, own, strict=True)) | {name: next(given) for name in fixed}
-            weight = next(given)
+            numbers = _Numbers(next(given), next(given), next(given))
             filled = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            args = (weight, *tree_unflatten(filled, spec))
-            value = functional_call(objective, state, args)
+            args = (numbers.kl_weight, *tree_unflatten(filled, spec))
+            with _standing_for_itself(objective, numbers, size):
+                value = functional_call(objective, state, args)
             with torch.autocast(value.loss.device.type, enabled=False):
                 gradients = torch.autograd.grad(
                     value.loss, own, allow_unused=True, materialize_grads=True
@@ -277,6 +307,7 @@ class CompiledObjective(nn.Module):
             return [*value, *_apart(gradients)]
 
         state = [*trained.values(), *fixed.values()]
+        inputs = [*self._numbers_of(kl_weight, batch), *_tensors(leaves)]
         try:
             with local_parameters(), pyro_checks(structure=True):
                 self._try(kl_weight, batch, fixed)
@@ -284,7 +315,6 @@ class CompiledObjective(nn.Module):
                 local_parameters(),
                 pyro_checks(structure=False),
                 _without_onednn(),
-                _unweighted(objective.elbo),
             ):
                 trace = make_fx(
                     run,
@@ -292,7 +322,7 @@ class CompiledObjective(nn.Module):
                     tracing_mode="fake",
                     _allow_non_fake_inputs=True,
                 )
-                graph = trace(*state, kl_weight, *_tensors(leaves))
+                graph = trace(*state, *inputs)
             with (
                 pyro_checks(structure=False),
                 warnings.catch_warnings(),
@@ -301,7 +331,7 @@ class CompiledObjective(nn.Module):
                 # The checks are put back, which torch.compile turns off for good; and of what torch
                 # will give up its users need not hear.
                 warnings.simplefilter("ignore", DeprecationWarning)
-                compiled = _compiled(graph, state, kl_weight, _tensors(leaves), self.backend)
+                compiled = _compiled(graph, state, inputs, self.backend)
         except UntraceableError:
             raise
         except Exception as error:
@@ -357,8 +387,8 @@ class _Evaluate(torch.autograd.Function):
     """Runs a graph that has computed its gradient along with its value."""
 
     @staticmethod
-    def forward(ctx: Any, graph: _Graph, kl_weight: Tensor, leaves: Any, *trained: Tensor) -> Any:
-        loss, terms, score, ctx.gradients = graph.evaluate(kl_weight, leaves)
+    def forward(ctx: Any, graph: _Graph, numbers: _Numbers, leaves: Any, *trained: Tensor) -> Any:
+        loss, terms, score, ctx.gradients = graph.evaluate(numbers, leaves)
         ctx.mark_non_differentiable(terms, score)
         return loss, terms, score
 
@@ -423,16 +453,15 @@ _DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
 def _compiled(
     graph: torch.fx.GraphModule,
     state: list[Tensor],
-    kl_weight: Tensor,
-    tensors: list[Tensor],
+    given: list[Tensor],
     backend: str | Callable[..., Any],
 ) -> Callable[..., Any]:
     """The graph as machine code."""
-    if backend == "inductor" and kl_weight.device.type == "cpu":
+    if backend == "inductor" and given[0].device.type == "cpu":
         # There is nothing left that torch.compile's guards, which cost as much as a small layer,
         # could guard against. Inductor's own random numbers cost ten times torch's.
         with torch.no_grad():
-            inputs: list[Any] = [value.detach() for value in (*state, kl_weight, *tensors)]
+            inputs: list[Any] = [value.detach() for value in (*state, *given)]
             run: Callable[..., Any] = torch._inductor.compile(
                 graph, inputs, options={"fallback_random": True}
             )
@@ -446,12 +475,21 @@ def _compiled(
 
 
 @contextmanager
-def _unweighted(elbo: TraceAnalyticKL_ELBO) -> Iterator[None]:
-    own, elbo.kl_weight = elbo.kl_weight, 1.0
+def _standing_for_itself(
+    objective: Objective, numbers: _Numbers, size: int | None
+) -> Iterator[None]:
+    """The objective with ``numbers`` in place of its own, and a batch of its own data."""
+    elbo, model = objective.elbo, objective.model
+    own = elbo.kl_weight, objective.scale, getattr(model, "num_data", None)
+    elbo.kl_weight, objective.scale = 1.0, numbers.scale
+    if size is not None:
+        model.num_data, objective.data_weight = size, numbers.data_weight
     try:
         yield
     finally:
-        elbo.kl_weight = own
+        elbo.kl_weight, objective.scale, num_data = own
+        if size is not None:
+            model.num_data, objective.data_weight = num_data, None
 
 
 def _autocast_traced(device_type: str) -> AbstractContextManager[Any]:

@@ -38,6 +38,7 @@ class Objective(nn.Module):
         scale: What the loss is multiplied by, for example ``1 / num_data``; the terms are not.
 
     Attributes:
+        data_weight: What the negative log likelihoods are multiplied by; None is 1.
         observed: Names of the observed sites, in the order of the terms; empty before a first call.
         latent: Names of the latent sites; likewise.
     """
@@ -47,10 +48,11 @@ class Objective(nn.Module):
         model: Any,
         guide: AdditiveNoiseGuide,
         elbo: TraceAnalyticKL_ELBO,
-        scale: float = 1.0,
+        scale: float | Tensor = 1.0,
     ) -> None:
         super().__init__()
         self.model, self.guide, self.elbo, self.scale = model, guide, elbo, scale
+        self.data_weight: Tensor | None = None
         self.observed: list[str] = []
         self.latent: list[str] = []
         # What it learned of other models would change the random numbers of this run.
@@ -62,10 +64,14 @@ class Objective(nn.Module):
         self.observed, self.latent = list(terms.observed), list(terms.kl)
         vector = torch.stack([*terms.observed.values(), *terms.kl.values()])
         count = len(self.observed)
+        if self.data_weight is not None:
+            weighted = vector[:count] * self.data_weight.to(vector.dtype)
+            vector = torch.cat([weighted, vector[count:]])
         weight = (kl_weight * self.elbo.kl_weight).to(vector.dtype)
         loss = vector[:count].sum() + weight * vector[count:].sum()
+        scale = self.scale.to(loss.dtype) if isinstance(self.scale, Tensor) else self.scale
         return ObjectiveValue(
-            self.scale * loss, vector.detach(), self._score(terms.output, vector, *batch)
+            scale * loss, vector.detach(), self._score(terms.output, vector, *batch)
         )
 
     def _score(self, output: Any, like: Tensor, *batch: Any) -> Tensor:

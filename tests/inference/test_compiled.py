@@ -429,12 +429,37 @@ def test_what_is_changed_afterwards_is_seen(kl_weight):
 
 
 @pytest.mark.usefixtures("traced_only")
-def test_another_num_data_is_another_graph():
+def test_num_data_and_scale_may_change_with_every_step():
     compiled = make(dense((64, 20, 10)))
     first, _ = evaluate(compiled, FULL, X, Y)
-    compiled.objective.model.num_data *= 2
+    for num_data, scale in ((2000, 1.0), (30, 0.1), (1234, 1e-3)):
+        compiled.objective.model.num_data = num_data
+        compiled.objective.scale = scale
+        check_equal(compiled, X, Y)
     second, _ = evaluate(compiled, FULL, X, Y)
-    torch.testing.assert_close(second.terms[0], 2 * first.terms[0])
+    torch.testing.assert_close(second.terms[0], 1.234 * first.terms[0])
+    assert len(compiled._graphs) == 1
+    compiled.objective.model.num_data = 29
+    with pytest.raises(UntraceableError, match="the batch holds 30 data points, but num_data=29"):
+        evaluate(compiled, FULL, X, Y)
+
+
+class Halved(Categorical):
+    """A likelihood that has a use of its own for num_data."""
+
+    def forward(self, output, y, num_data, sample_dims=0):
+        super().forward(output, y, max(num_data // 2, len(output)), sample_dims)
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_where_a_likelihood_reads_num_data_another_is_another_graph():
+    torch.manual_seed(0)
+    model = BayesianNetwork(dense((64, 20, 10)), Halved(), num_data=1000)
+    compiled = compile_objective(TraceAnalyticKL_ELBO(), model, AdditiveNoiseGuide(model))
+    for num_data in (1000, 2000):
+        model.num_data = num_data
+        check_equal(compiled, X, Y)
+    assert len(compiled._graphs) == 2
 
 
 def test_the_loss_is_scaled_and_the_terms_are_not():
