@@ -10,8 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-import torch
-
 from bayes_svdo import data
 from bayes_svdo.experiments.runs import Run
 from bayes_svdo.experiments.training import Settings, evaluate, make_task, run, train
@@ -39,18 +37,13 @@ def demo(
     Raises:
         RunError, PermissionError: ``out`` cannot be used.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more of them would wait for each other on matrices this small
-    try:
-        done = run(
-            replace(SETTINGS, seed=seed, devices=1),
-            out,
-            command="demo",
-            overwrite=overwrite or _holds_a_demo(Path(out)),
-            animation=True,
-        )
-    finally:
-        torch.set_num_threads(threads)
+    done = run(
+        replace(SETTINGS, seed=seed, devices=1),
+        out,
+        command="demo",
+        overwrite=overwrite or _holds_a_demo(Path(out)),
+        animation=True,
+    )
     return cast("tuple[Run, list[Path]]", done)  # None in other processes, of which there are none
 
 

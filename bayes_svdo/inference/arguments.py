@@ -7,6 +7,7 @@ import numbers
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,17 @@ def check_count(name: str, value: object, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, but is {value!r}.")
     return int(value)
+
+
+def check_flag(name: str, value: object) -> bool:
+    """``value`` as a ``bool``; 0, 1 and NumPy's own are taken, too.
+
+    Raises:
+        TypeError: It is neither True nor False.
+    """
+    if not isinstance(value, np.bool_ | numbers.Integral) or value not in (0, 1):
+        raise TypeError(f"{name} must be True or False, got {value!r}.")
+    return bool(value)
 
 
 def check_rate(name: str, value: object) -> float:

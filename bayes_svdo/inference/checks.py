@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from copy import deepcopy
 from inspect import signature
 from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.infer.autoguide.initialization import InitMessenger
-from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 from torch.distributions import Independent
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.random import fork_rng
 from torch.utils._pytree import tree_leaves, tree_map
 
 from bayes_svdo.distributions import LogUniform
 from bayes_svdo.inference.batches import Batches, check_finite
+from bayes_svdo.inference.data_sites import check_sites
 from bayes_svdo.inference.guide import AdditiveNoiseGuide
+from bayes_svdo.inference.objective import Objective
 from bayes_svdo.inference.posterior import Posterior, dtype_hint
-from bayes_svdo.inference.surroundings import pyro_checks
+from bayes_svdo.inference.surroundings import random_numbers_kept
 from bayes_svdo.models import BayesianNetwork
 from bayes_svdo.models.bayesian_network import OutputError
 
@@ -83,8 +81,7 @@ class BatchCheck:
             if isinstance(model, BayesianNetwork):
                 self.output = self._output(self.posterior, batch[0])
             else:
-                with torch.no_grad(), fork_rng(), _buffers_kept(model):
-                    _sites(model, self.posterior.guide(*batch), batch)
+                check_sites(model, self.posterior.guide, batch)
         except Exception as error:
             cause = str(error).partition("\nTrace Shapes:")[0].strip()
             raise ValueError(
@@ -169,9 +166,8 @@ def check_last_batch(posterior: Posterior, batches: Batches, first: tuple[Any, .
         return
     one = tree_map(lambda value: value[:1] if isinstance(value, Tensor) else value, first[0])
     net = deepcopy(network.net).train()
-    device = posterior.device
     try:
-        with torch.no_grad(), fork_rng([device] if device.type == "cuda" else []):
+        with torch.no_grad(), random_numbers_kept(posterior.device):
             weights = posterior.means(math.inf)
             functional_call(net, weights, one if isinstance(one, tuple) else (one,))
     except ValueError as error:
@@ -240,196 +236,49 @@ def check_pruning(guide: AdditiveNoiseGuide) -> None:
         )
 
 
-def freeze_unused(objective: nn.Module, batch: tuple[Any, ...]) -> None:
+def freeze_unused(objective: Objective, batch: tuple[Any, ...]) -> None:
     """Train no parameter that the objective does not depend on: other ranks wait for its gradient.
 
     Random numbers and buffers stay as they were.
     """
     trained = [value for value in objective.parameters() if value.requires_grad]
-    buffers = {name: value.clone() for name, value in objective.named_buffers()}
-    weight = torch.ones((), dtype=torch.float64, device=trained[0].device)
-    with (
-        fork_rng([weight.device] if weight.is_cuda else []),
-        pyro_checks(structure=False),
-    ):
-        loss = functional_call(objective, buffers, (weight, *batch)).loss
+    loss = objective.preview(*batch).loss
     gradients = torch.autograd.grad(loss, trained, allow_unused=True)
     for value, gradient in zip(trained, gradients, strict=True):
         value.requires_grad_(gradient is not None)
 
 
 @torch.no_grad()
-def check_parameters(objective: nn.Module, batch: tuple[Any, ...]) -> None:
-    """Refuse ``pyro.param`` statements that no module holds: the optimizer would not see them.
+def check_parameters(
+    objective: nn.Module,
+    batch: tuple[Any, ...],
+    state: dict[str, Tensor] | None = None,
+    error: type[Exception] = ValueError,
+) -> None:
+    """Evaluate an objective once, and refuse parameters of Pyro's store that no module holds.
+
+    Args:
+        objective: The objective.
+        batch: What it is evaluated on.
+        state: Parameters and buffers to evaluate it with, in place of its own.
+        error: What to raise.
 
     Raises:
-        ValueError: Names the parameter.
+        ValueError: Or another ``error``; names the parameter.
     """
+    state = state or {}
     with poutine.trace(param_only=True) as captured:
-        objective(torch.ones(()), *batch)
-    own = {id(parameter) for parameter in objective.parameters()}
+        functional_call(objective, state, (torch.ones(()), *batch))
+    held = {id(value) for value in (*objective.parameters(), *state.values())}
     nodes: dict[str, Any] = captured.trace.nodes
     for name, site in nodes.items():
-        if id(site["value"].unconstrained()) not in own:
-            raise ValueError(
-                f'the model has a parameter "{name}" of Pyro\'s global store, which fit would not '
-                "train.\n  Try a PyroModule with a PyroParam, or Pyro's own SVI."
+        if id(site["value"].unconstrained()) not in held:
+            raise error(
+                f'parameter "{name}" of Pyro\'s global store is held by no module of the model or '
+                "the guide: fit would not train it, and a graph would take it for a constant.\n"
+                "  Try a PyroModule as model, with the network or a PyroParam as attribute; or "
+                "Pyro's own SVI."
             )
-
-
-@torch.no_grad()
-def check_scale(
-    model: Any, guide: AdditiveNoiseGuide, batch: tuple[Any, ...], num_data: int | None
-) -> None:
-    """Refuse a model written by hand that takes a batch for something else than it is.
-
-    One that observes nothing has no data to be fitted to. Variables of its own for each data point
-    would be fitted to others, for ``fit`` shuffles. And where a batch of ``M`` points does not
-    count as all ``num_data``, the KL is too strong or too weak.
-
-    Raises:
-        ValueError: Names the site.
-    """
-    sites, of_data = _sites_of_data(model, guide, batch)
-    latent = [name for name, site in sites.items() if not site["is_observed"]]
-    if set(latent) != set(guide.sites):
-        raise ValueError(
-            f"guide is for the sites {', '.join(guide.sites)}, but the model has "
-            f"{', '.join(latent) or 'none'}."
-        )
-    for name in latent:
-        if name not in of_data:
-            guide.check_shape(sites[name])
-    if not any(site["is_observed"] for site in sites.values()):
-        raise ValueError(
-            f"the model observes nothing: it has the latent sites {', '.join(sites)} alone, which "
-            "would be fitted to no data.\n  Try obs=y in the pyro.sample statement of the data."
-        )
-    if guide.create_plates is None:  # else it says which rows of the guide a batch is of
-        for name in of_data:
-            if not sites[name]["is_observed"]:
-                raise _local(name, sites[name])
-    for name in of_data:
-        if num_data is not None and sites[name]["is_observed"]:
-            _check_scale_of(name, sites[name], len(batch[-1]), num_data)
-
-
-def _local(name: str, site: dict[str, Any]) -> ValueError:
-    plates = [frame.name for frame in site["cond_indep_stack"] if frame.vectorized]
-    what = f'plate "{plates[-1]}" gives every data point' if plates else "every data point has"
-    return ValueError(
-        f'at site "{name}", {what} a variable of its own, but fit shuffles the data: each would be '
-        "fitted to other points.\n"
-        "  Try obs=y, if it is the data; else pyro.infer.SVI with TraceAnalyticKL_ELBO and the "
-        "data in their order, or a model with this variable integrated out."
-    )
-
-
-def _check_scale_of(name: str, site: dict[str, Any], size: int, num_data: int) -> None:
-    """Refuse a site of ``size`` data points that does not count as ``num_data``."""
-    scale = torch.as_tensor(site["scale"], dtype=torch.float64)
-    if not _equal(scale, float(scale.flatten()[0])):
-        # Weights of the user's own: if there is a plate, it must be right.
-        frames: Any = site["cond_indep_stack"]
-        plates = math.prod((frame.full_size or frame.size) / frame.size for frame in frames)
-        if plates == 1:
-            return
-        scale = torch.tensor(plates, dtype=torch.float64)
-    right = num_data / size
-    if _equal(scale, right):
-        return
-    factor = right / float(scale.flatten()[0])
-    wrong = f"{factor:.3g} times too much" if factor > 1 else f"{1 / factor:.3g} times too little"
-    remedy = ", or batch_size=len(x)" if _equal(scale, 1.0) else ""
-    raise ValueError(
-        f'at site "{name}", a batch of {size} of the {num_data} data points counts as '
-        f"{num_data / factor:.6g} points: the KL would count {wrong}.\n"
-        f'  Try pyro.plate("data", {num_data}, subsample=torch.arange(len(x))) in the model'
-        f"{remedy}. A weight of the KL on purpose is TraceAnalyticKL_ELBO(kl_weight=...)."
-    )
-
-
-def _equal(scale: Tensor, value: float) -> bool:
-    return bool(((scale - value).abs() <= 1e-4 * abs(value)).all())
-
-
-def _sites_of_data(
-    model: Any, guide: AdditiveNoiseGuide, batch: tuple[Any, ...]
-) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """The model's sites for a batch, and the names of those that are of its data points.
-
-    They are those that have fewer rows, or are not there, for fewer data points. A site or plate of
-    something else, of outputs say, may be as long as the batch by chance.
-    """
-    with fork_rng(), _buffers_kept(model):
-        weights: dict[str, Tensor] = guide(*batch)
-        sites = _sites(model, weights, batch)
-        fewer = tree_map(lambda v: v[:-1] if isinstance(v, Tensor) and v.dim() else v, batch)
-        try:
-            shorter = _sites(model, weights, fewer)
-        except Exception:  # the model takes no other number of points than its plate has
-            size = len(batch[-1])
-            return sites, [name for name, site in sites.items() if size in _sizes(site)]
-    return sites, [
-        name
-        for name, site in sites.items()
-        if name not in shorter or _sizes(site) != _sizes(shorter[name])
-    ]
-
-
-def _sites(
-    model: Any, weights: dict[str, Tensor], batch: tuple[Any, ...]
-) -> dict[str, dict[str, Any]]:
-    """The sample sites for a batch, at these weights, with zeros for what has another shape.
-
-    Raises:
-        ValueError: An observed value is not of the shape of its distribution.
-    """
-
-    def value_of(site: dict[str, Any]) -> Tensor:
-        shape = site["fn"].shape()
-        own = weights.get(site["name"], any_of_them)
-        return own if own.shape == shape else own.new_zeros(shape)
-
-    any_of_them = next(iter(weights.values()))
-
-    trace: Any = poutine.trace(InitMessenger(value_of)(model)).get_trace(*batch)
-    nodes: dict[str, Any] = prune_subsample_sites(trace).nodes
-    sites = {
-        name: site
-        for name, site in nodes.items()
-        if site["type"] == "sample" and not site["infer"].get("_deterministic")
-    }
-    for name, site in sites.items():
-        if site["is_observed"] and not _broadcasts(site["value"].shape, site["fn"].shape()):
-            raise ValueError(
-                f'at site "{name}", obs has shape {tuple(site["value"].shape)}, but its '
-                f"distribution has {tuple(site['fn'].shape())}."
-            )
-    return sites
-
-
-def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
-    return len(shape) <= len(to) and all(
-        own in (1, other) for own, other in zip(reversed(shape), reversed(to), strict=False)
-    )
-
-
-def _sizes(site: dict[str, Any]) -> tuple[int, ...]:
-    """Sizes of a site's dimensions, and of the plates around it."""
-    return (*site["fn"].shape(), *(frame.size for frame in site["cond_indep_stack"]))
-
-
-@contextmanager
-def _buffers_kept(model: Any) -> Iterator[None]:
-    """Running statistics as they were before."""
-    buffers = list(model.buffers()) if isinstance(model, nn.Module) else []
-    values = [value.clone() for value in buffers]
-    try:
-        yield
-    finally:
-        for buffer, value in zip(buffers, values, strict=True):
-            buffer.copy_(value)
 
 
 def _lift(model: object) -> str:

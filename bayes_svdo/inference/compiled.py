@@ -1,51 +1,32 @@
-"""A Pyro objective as one graph: traced through Pyro once per input signature, then compiled.
-
-The graph holds the objective *and* its gradient (both go through ``make_fx``), so nothing of Pyro,
-of the tensor subclass or of autograd is left in a step, and what remains is fused: the passes over
-the weights above all. Random numbers are drawn anew by every call, from torch's generators.
-"""
+"""A compiled objective: one graph (:mod:`~.graphs`) for every signature of its inputs."""
 
 from __future__ import annotations
 
 import os
-import random
-import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from shutil import which
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
-import numpy as np
-import pyro
 import torch
-from pyro import poutine
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.autograd.function import once_differentiable
-from torch.func import functional_call
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves
 
-import bayes_svdo
 from bayes_svdo.inference.elbo import TraceAnalyticKL_ELBO
+from bayes_svdo.inference.graphs import Graph, Numbers, UntraceableError, make_graph
 from bayes_svdo.inference.guide import AdditiveNoiseGuide
 from bayes_svdo.inference.objective import Objective, ObjectiveValue
-from bayes_svdo.inference.posterior import local_parameters
-from bayes_svdo.inference.surroundings import pyro_checks
 from bayes_svdo.models import BayesianNetwork
 from bayes_svdo.models.likelihoods import Likelihood
+
+__all__ = ["CompiledObjective", "UntraceableError", "compile_objective", "wants_compilation"]
 
 # Every signature costs a compilation; of data with many shapes the rest runs as it is.
 _MOST_SIGNATURES = 8
 # A minute of compilation is worth some milliseconds off each of so many steps.
 _WORTH_COMPILING = 10_000
-
-
-class UntraceableError(RuntimeError):
-    """A model, guide or likelihood whose computation cannot become one graph."""
 
 
 def compile_objective(
@@ -106,40 +87,6 @@ def _has_compiler() -> bool:
     return any(map(which, [os.environ.get("CXX") or "g++", "clang++"]))
 
 
-class _Numbers(NamedTuple):
-    """What may change with every step without another graph: 0-dimensional, float64."""
-
-    kl_weight: Tensor
-    data_weight: Tensor
-    scale: Tensor
-
-
-class _Graph(NamedTuple):
-    """What a signature was compiled to.
-
-    Attributes:
-        run: ``(*state, kl_weight, data_weight, scale, *tensors)`` to loss, terms, score and
-            gradients.
-        trained: The parameters that get a gradient.
-        state: They, all other parameters, and buffers, which may be written to.
-    """
-
-    run: Callable[..., Any]
-    trained: list[Tensor]
-    state: list[Tensor]
-
-    def evaluate(self, numbers: _Numbers, leaves: list[Any]) -> tuple[Tensor, Tensor, Tensor, Any]:
-        """Loss, terms, score, and the list of gradients."""
-        on_cuda = numbers.scale.is_cuda
-        if on_cuda:
-            torch.compiler.cudagraph_mark_step_begin()
-        with _autocast_traced(numbers.scale.device.type):
-            loss, terms, score, *gradients = self.run(*self.state, *numbers, *_tensors(leaves))
-        if on_cuda:  # the next step's results come to the same memory
-            return loss.clone(), terms.clone(), score.clone(), gradients
-        return loss, terms, score, gradients
-
-
 class CompiledObjective(nn.Module):
     """An :class:`Objective` that is traced and compiled, once for every signature of its inputs.
 
@@ -168,7 +115,7 @@ class CompiledObjective(nn.Module):
         super().__init__()
         self.objective: Objective = objective
         self.backend, self.required = backend, required
-        self._graphs: dict[Any, _Graph] = {}
+        self._graphs: dict[Any, Graph] = {}
         self._numbers: tuple[Any, Tensor, Tensor] | None = None
         self._gave_up = False
         self._layout = objective.guide.layout
@@ -206,7 +153,7 @@ class CompiledObjective(nn.Module):
             parameter.grad = gradient
         return ObjectiveValue(*values)
 
-    def prepare(self, kl_weight: Tensor, *batch: Any) -> _Graph | None:
+    def prepare(self, kl_weight: Tensor, *batch: Any) -> Graph | None:
         """Compile for batches like this one, unless that is done; None if there are too many.
 
         Raises:
@@ -228,14 +175,20 @@ class CompiledObjective(nn.Module):
             )
             return None
         try:
-            graph = self._graphs[key] = self._compile(kl_weight, batch)
+            graph = self._graphs[key] = make_graph(
+                self.objective,
+                self._numbers_of(kl_weight, batch),
+                batch,
+                self._free_size(batch),
+                self.backend,
+            )
         except UntraceableError as error:
             if self.required:
                 raise
             self._give_up(str(error))
         return graph
 
-    def _numbers_of(self, kl_weight: Tensor, batch: tuple[Any, ...]) -> _Numbers:
+    def _numbers_of(self, kl_weight: Tensor, batch: tuple[Any, ...]) -> Numbers:
         """What the graph of a batch, which stands for itself alone, is given."""
         own, scale = self.objective.elbo.kl_weight, self.objective.scale
         if not (isinstance(own, float) and own == 1.0):
@@ -245,7 +198,7 @@ class CompiledObjective(nn.Module):
         if self._numbers is None or self._numbers[0] != (ratio, scale):
             made = (kl_weight.new_tensor(ratio), kl_weight.new_tensor(scale))
             self._numbers = ((ratio, scale), *made)
-        return _Numbers(kl_weight, *self._numbers[1:])
+        return Numbers(kl_weight, *self._numbers[1:])
 
     def _free_size(self, batch: tuple[Any, ...]) -> int | None:
         """Size of the batch if it can stand for itself; None if ``num_data`` is in the graph."""
@@ -282,101 +235,6 @@ class CompiledObjective(nn.Module):
             autocast,
         )
 
-    def _compile(self, kl_weight: Tensor, batch: tuple[Any, ...]) -> _Graph:
-        objective = self.objective
-        parameters: dict[str, Tensor] = dict(objective.named_parameters())
-        trained = {name: value for name, value in parameters.items() if value.requires_grad}
-        fixed = {name: value for name, value in parameters.items() if not value.requires_grad}
-        fixed |= dict(objective.named_buffers())
-        leaves, spec = tree_flatten(batch)
-        size = self._free_size(batch)
-
-        def run(*inputs: Tensor) -> list[Tensor]:
-            given = iter(inputs)
-            own = [next(given).detach().requires_grad_() for _ in trained]
-            state = dict(zip(trained, own, strict=True)) | {name: next(given) for name in fixed}
-            numbers = _Numbers(next(given), next(given), next(given))
-            filled = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            args = (numbers.kl_weight, *tree_unflatten(filled, spec))
-            with _standing_for_itself(objective, numbers, size):
-                value = functional_call(objective, state, args)
-            with torch.autocast(value.loss.device.type, enabled=False):
-                gradients = torch.autograd.grad(
-                    value.loss, own, allow_unused=True, materialize_grads=True
-                )
-            return [*value, *_apart(gradients)]
-
-        state = [*trained.values(), *fixed.values()]
-        inputs = [*self._numbers_of(kl_weight, batch), *_tensors(leaves)]
-        try:
-            with local_parameters(), pyro_checks(structure=True):
-                self._try(kl_weight, batch, fixed)
-            with (
-                local_parameters(),
-                pyro_checks(structure=False),
-                _without_onednn(),
-            ):
-                trace = make_fx(
-                    run,
-                    decomposition_table=_DECOMPOSITIONS,
-                    tracing_mode="fake",
-                    _allow_non_fake_inputs=True,
-                )
-                graph = trace(*state, *inputs)
-            with (
-                pyro_checks(structure=False),
-                warnings.catch_warnings(),
-                _autocast_traced(kl_weight.device.type),
-            ):
-                # The checks are put back, which torch.compile turns off for good; and of what torch
-                # will give up its users need not hear.
-                warnings.simplefilter("ignore", DeprecationWarning)
-                compiled = _compiled(graph, state, inputs, self.backend)
-        except UntraceableError:
-            raise
-        except Exception as error:
-            raise UntraceableError(
-                f"the objective cannot be compiled into one graph: {_reason(error)}\n"
-                "  Try compile=False, or a model whose control flow does not depend on the values "
-                "of data or weights."
-            ) from error
-        return _Graph(compiled, list(trained.values()), state)
-
-    @torch.no_grad()
-    def _try(self, kl_weight: Tensor, batch: tuple[Any, ...], fixed: dict[str, Tensor]) -> None:
-        """Run once as it is: a weight that is used twice is found, and sites get their names.
-
-        torch's random numbers and buffers stay as they were.
-
-        Raises:
-            UntraceableError: A graph would hold constants in place of what changes from step to
-                step: parameters of Pyro's store, or random numbers that are not torch's.
-        """
-        copies = {name: value.clone() for name, value in fixed.items()}
-        device = self.objective.guide.location_parameters()[0].device
-        before = random.getstate(), np.random.get_state()  # noqa: NPY002
-        with (
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
-            poutine.trace(param_only=True) as captured,
-        ):
-            functional_call(self.objective, copies, (kl_weight, *batch))
-        after = random.getstate(), np.random.get_state()  # noqa: NPY002
-        for name, one, other in zip(("random", "numpy.random"), before, after, strict=True):
-            if repr(one) != repr(other):
-                raise UntraceableError(
-                    f"the objective draws random numbers from {name}, which would be the same in "
-                    "every step of a graph.\n  Try compile=False, or torch's random numbers."
-                )
-        own = {id(value) for value in (*self.objective.parameters(), *copies.values())}
-        nodes: dict[str, Any] = captured.trace.nodes
-        for name, site in nodes.items():
-            if id(site["value"].unconstrained()) not in own:
-                raise UntraceableError(
-                    f'parameter "{name}" of Pyro\'s global store is held by no module of the model '
-                    "or the guide, so that it would be a constant of the graph.\n"
-                    "  Try a PyroModule as model, with the network or a PyroParam as attribute."
-                )
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._graphs.clear()  # buffers are replaced
         super()._apply(fn, recurse)
@@ -387,7 +245,7 @@ class _Evaluate(torch.autograd.Function):
     """Runs a graph that has computed its gradient along with its value."""
 
     @staticmethod
-    def forward(ctx: Any, graph: _Graph, numbers: _Numbers, leaves: Any, *trained: Tensor) -> Any:
+    def forward(ctx: Any, graph: Graph, numbers: Numbers, leaves: Any, *trained: Tensor) -> Any:
         loss, terms, score, ctx.gradients = graph.evaluate(numbers, leaves)
         ctx.mark_non_differentiable(terms, score)
         return loss, terms, score
@@ -408,121 +266,3 @@ class _Evaluate(torch.autograd.Function):
             return None, None, None, *gradients
         # In memory that is the graph's own.
         return None, None, None, *torch._foreach_mul(gradients, grad_loss)
-
-
-def _apart(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors that share no memory: two terms of a sum have one gradient between them."""
-    seen: set[Any] = set()
-    result = []
-    for tensor in tensors:
-        storage = tensor.untyped_storage()._cdata
-        result.append(tensor.clone() if storage in seen else tensor)
-        seen.add(storage)
-    return result
-
-
-def _sigmoid(x: Tensor) -> Tensor:
-    small = (-x.abs()).exp()
-    return torch.where(x >= 0, 1.0, small) / (1 + small)
-
-
-def _softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
-    """``log(1 + exp(beta x)) / beta``, exact to rounding for any threshold."""
-    x = x if beta == 1 else beta * x
-    small = (-x.abs()).exp()
-    if x.dtype == torch.float64:
-        value = small.log1p()
-    else:  # by the series of 2 artanh(ratio), in a third of the time; the next term is 1.4e-8
-        ratio = small / (2 + small)
-        square = ratio * ratio
-        series = torch.full_like(square, 1 / 13)
-        for power in (11, 9, 7, 5, 3, 1):
-            series = series * square + 1 / power
-        value = 2 * ratio * series
-    value = x.clamp_min(0) + value
-    return value if beta == 1 else value / beta
-
-
-# Both begin with one exponential, which a graph that has both computes once.
-_DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
-    torch.ops.aten.sigmoid.default: _sigmoid,
-    torch.ops.aten.softplus.default: _softplus,
-}
-
-
-def _compiled(
-    graph: torch.fx.GraphModule,
-    state: list[Tensor],
-    given: list[Tensor],
-    backend: str | Callable[..., Any],
-) -> Callable[..., Any]:
-    """The graph as machine code."""
-    if backend == "inductor" and given[0].device.type == "cpu":
-        # There is nothing left that torch.compile's guards, which cost as much as a small layer,
-        # could guard against. Inductor's own random numbers cost ten times torch's.
-        with torch.no_grad():
-            inputs: list[Any] = [value.detach() for value in (*state, *given)]
-            run: Callable[..., Any] = torch._inductor.compile(
-                graph, inputs, options={"fallback_random": True}
-            )
-        return run
-    options: dict[str, Any] | None = None
-    if backend == "inductor":
-        options = {"triton.cudagraphs": True}
-        for tensor in state:
-            torch._dynamo.mark_static_address(tensor)  # else copied for every step
-    return torch.compile(graph, backend=backend, dynamic=False, options=options)
-
-
-@contextmanager
-def _standing_for_itself(
-    objective: Objective, numbers: _Numbers, size: int | None
-) -> Iterator[None]:
-    """The objective with ``numbers`` in place of its own, and a batch of its own data."""
-    elbo, model = objective.elbo, objective.model
-    own = elbo.kl_weight, objective.scale, getattr(model, "num_data", None)
-    elbo.kl_weight, objective.scale = 1.0, numbers.scale
-    if size is not None:
-        model.num_data, objective.data_weight = size, numbers.data_weight
-    try:
-        yield
-    finally:
-        elbo.kl_weight, objective.scale, num_data = own
-        if size is not None:
-            model.num_data, objective.data_weight = num_data, None
-
-
-def _autocast_traced(device_type: str) -> AbstractContextManager[Any]:
-    """No autocast: its casts are in the graph, and made again they would reach the variances."""
-    if not torch.is_autocast_enabled(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
-
-
-@contextmanager
-def _without_onednn() -> Iterator[None]:
-    """Its recurrent layers have a backward pass that cannot be traced; torch's own can."""
-    enabled = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(enabled)
-
-
-def _reason(error: Exception) -> str:
-    """What went wrong, and the line of the user's own code that led there."""
-    what = f"{type(error).__name__}: {error}"
-    if isinstance(error, DataDependentOutputException):
-        what = "a value is read back from a tensor"
-    library = tuple(path for module in (torch, pyro, bayes_svdo) for path in module.__path__)
-    lines = [
-        f'\n  at line {frame.lineno} of "{frame.filename}": {frame.line}'
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith(library) and Path(frame.filename).exists()
-    ]
-    return what + "".join(lines[-1:])
-
-
-def _tensors(leaves: Iterable[Any]) -> list[Tensor]:
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]

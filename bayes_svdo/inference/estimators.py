@@ -17,7 +17,7 @@ from sklearn.utils.validation import check_is_fitted, check_random_state
 from torch import Tensor
 
 from bayes_svdo.distributions import LogUniform
-from bayes_svdo.inference.arguments import check_count
+from bayes_svdo.inference.arguments import check_count, check_flag
 from bayes_svdo.inference.elbo import TraceAnalyticKL_ELBO
 from bayes_svdo.inference.estimator_bases import (
     Array,
@@ -213,8 +213,9 @@ class VDARDClassifier(LinearClassifier):
         check_number("kl_weight", self.kl_weight, least=0.0)
         check_count("batch_size", self.batch_size)
         check_count("max_iter", self.max_iter)
+        each = check_flag("standardize", self.standardize)
         inputs, labels = self._labelled_data(X, y)
-        inputs, mean, scale = standardized(inputs, each=self.standardize)
+        inputs, mean, scale = standardized(inputs, each=each)
         posterior = self._fit_svi(inputs.float(), labels)
         (log_alpha,) = posterior.log_alpha().values()
         (weight,) = posterior.means().values()

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Literal, NamedTuple, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from bayes_svdo.inference.arguments import check_flag
 from bayes_svdo.inference.exact_regression_ascent import Problems, State
 from bayes_svdo.inference.exact_regression_curves import KL, tabulate
 
@@ -143,8 +143,7 @@ def check_options(
     """Refuse options out of range; whether there is an intercept, as a ``bool``."""
     if not isinstance(kl, str):
         raise TypeError(f"kl must be the name of a KL, such as 'exact', got {kl!r}.")
-    if not (isinstance(fit_intercept, np.bool_ | Integral) and fit_intercept in (0, 1)):
-        raise TypeError(f"fit_intercept must be True or False, got {fit_intercept!r}.")
+    fit_intercept = check_flag("fit_intercept", fit_intercept)
     for name, value, kind, wanted in (
         ("min_noise", min_noise, Real, "a number"),
         ("max_iter", max_iter, Integral, "an integer"),
@@ -160,7 +159,7 @@ def check_options(
         raise ValueError(f"max_iter must be at least 1, got {max_iter}.")
     if tol is not None and not tol > 0:
         raise ValueError(f"tol must be positive, got {tol}.")
-    return bool(fit_intercept)
+    return fit_intercept
 
 
 def start_names(

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
+from bayes_svdo.inference.arguments import check_flag
 from bayes_svdo.inference.l1_problem import L1Problem, standardised_problem
 from bayes_svdo.inference.l1_solver import Solution, Solver, minimise
 from bayes_svdo.inference.l1_validation import check_Cs, check_data, check_options, check_tol
@@ -114,7 +115,7 @@ def fit_l1_logistic(
         The fit. Where several minima share the objective (duplicate columns), it is one of them.
 
     Raises:
-        TypeError: If an argument has the wrong dtype.
+        TypeError: If an argument has the wrong type or dtype.
         ValueError: If an argument has the wrong shape or value, or a class is missing.
 
     Warns:
@@ -167,6 +168,7 @@ def l1_logistic_path(
         One fit per ``C``, in the order of ``Cs``.
     """
     grid = check_Cs(Cs)
+    fit_intercept = check_flag("fit_intercept", fit_intercept)
     check_options(max_iter, solver)
     weights, num_classes = check_data(x, y, sample_weight)
     accuracy = check_tol(tol, x.dtype)
@@ -201,9 +203,10 @@ def l1_min_c(
         The bound; infinite where no feature tells the classes apart at all.
 
     Raises:
-        TypeError: If an argument has the wrong dtype.
+        TypeError: If an argument has the wrong type or dtype.
         ValueError: If an argument has the wrong shape or value, or a class is missing.
     """
+    fit_intercept = check_flag("fit_intercept", fit_intercept)
     weights, num_classes = check_data(x, y, sample_weight)
     with torch.no_grad():
         problem = _problem(x, y, weights, num_classes, fit_intercept)

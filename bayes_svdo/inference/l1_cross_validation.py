@@ -87,7 +87,7 @@ def cross_validate_l1(
         The scores, the chosen C, and the fit to all samples.
 
     Raises:
-        TypeError: If an argument has the wrong dtype.
+        TypeError: If an argument has the wrong type or dtype.
         ValueError: If an argument has the wrong shape or value, or a training part lacks a class.
     """
     if scoring not in ("log_loss", "accuracy"):

@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from bayes_svdo.inference.elbo import TraceAnalyticKL_ELBO
 from bayes_svdo.inference.guide import AdditiveNoiseGuide
+from bayes_svdo.inference.surroundings import pyro_checks, random_numbers_kept
 from bayes_svdo.models import BayesianNetwork
 
 
@@ -73,6 +75,15 @@ class Objective(nn.Module):
         return ObjectiveValue(
             scale * loss, vector.detach(), self._score(terms.output, vector, *batch)
         )
+
+    def preview(self, *batch: Any) -> ObjectiveValue:
+        """One estimate at full weight; random numbers, buffers and ELBO stay as they were."""
+        weight = torch.ones((), dtype=torch.float64, device=next(self.parameters()).device)
+        buffers = {name: value.clone() for name, value in self.named_buffers()}
+        with random_numbers_kept(weight.device), pyro_checks(structure=False):
+            value: ObjectiveValue = functional_call(self, buffers, (weight, *batch))
+        self.elbo.forget_reuse()
+        return value
 
     def _score(self, output: Any, like: Tensor, *batch: Any) -> Tensor:
         if not isinstance(self.model, BayesianNetwork):

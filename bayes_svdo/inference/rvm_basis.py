@@ -14,11 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from scipy.linalg import blas
 from torch import Tensor
+
+from bayes_svdo.inference.arguments import check_flag
 
 KernelFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """``k(a, b)`` of inputs ``(n, d)`` and ``(m, d)``: a tensor ``(n, m)``."""
@@ -26,6 +28,7 @@ KernelFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 KernelName: TypeAlias = Literal["linear", "rbf", "poly", "precomputed"]
 Kernel: TypeAlias = KernelName | KernelFunction
 Gamma: TypeAlias = float | Literal["scale", "auto"]
+Method: TypeAlias = Literal["fast", "mackay", "em"]
 
 _NAMES = ("linear", "rbf", "poly", "precomputed")
 
@@ -90,12 +93,21 @@ def check_features(x: Tensor, name: str = "x") -> None:
         raise ValueError(f"{name} has {bad} values that are NaN or infinite of {x.numel()}.")
 
 
-def check_stopping(tol: float, max_iter: int) -> None:
-    """Refuse a tolerance or a number of rounds that no search can stop by."""
+def check_options(fit_intercept: object, method: str, tol: float, max_iter: int) -> bool:
+    """Refuse options out of range; whether there is an intercept, as a ``bool``.
+
+    Raises:
+        TypeError: ``fit_intercept`` is neither True nor False.
+        ValueError: There is no such method, or no search can stop by ``tol`` and ``max_iter``.
+    """
+    fit_intercept = check_flag("fit_intercept", fit_intercept)
+    if method not in get_args(Method):
+        raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}.")
     if not 0 < tol < math.inf:
         raise ValueError(f"tol must be positive and finite, in nats, got {tol!r}.")
     if isinstance(max_iter, bool) or not isinstance(max_iter, int) or max_iter < 1:
         raise ValueError(f"max_iter must be an integer of at least 1, got {max_iter!r}.")
+    return fit_intercept
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import get_args
 
 import numpy as np
 import torch
@@ -29,14 +28,14 @@ from bayes_svdo.inference.rvm_basis import (
     DesignMatrix,
     Gamma,
     Kernel,
+    Method,
     check_inputs,
-    check_stopping,
+    check_options,
     resolve_kernel,
 )
 from bayes_svdo.inference.rvm_fixed_point import iterate_logistic
 from bayes_svdo.inference.rvm_laplace import LaplaceMode, LogisticSearch
 from bayes_svdo.inference.rvm_posterior import AbstractSparseFunction
-from bayes_svdo.inference.rvm_regression import Method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,15 +147,14 @@ def fit_rvm_classification(
             computed again in every round (``"fast"`` only).
 
     Raises:
-        TypeError: ``x`` is not a float tensor or ``y`` not a tensor.
+        TypeError: ``x`` is not a float tensor, ``y`` not a tensor, or ``fit_intercept`` neither
+            True nor False.
         ValueError: ``y`` has a single class or is continuous, or an argument is out of its range,
             NaN or infinite, or has the wrong shape.
         ArithmeticError: A posterior precision is singular to rounding.
     """
     check_inputs(x, y)
-    check_stopping(tol, max_iter)
-    if method not in get_args(Method):
-        raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}.")
+    fit_intercept = check_options(fit_intercept, method, tol, max_iter)
     classes = _check_labels(y)
     basis = resolve_kernel(x, kernel, gamma, degree, coef0)
     design = DesignMatrix(basis, x, centred=fit_intercept, max_bytes=max_kernel_bytes)

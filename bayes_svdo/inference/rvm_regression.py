@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Literal, get_args, overload
+from typing import Literal, overload
 
 import numpy as np
 import torch
@@ -28,8 +28,9 @@ from bayes_svdo.inference.rvm_basis import (
     DesignMatrix,
     Gamma,
     Kernel,
+    Method,
     check_inputs,
-    check_stopping,
+    check_options,
     resolve_kernel,
 )
 from bayes_svdo.inference.rvm_evidence import NoiseRange, WeightPosterior
@@ -37,11 +38,8 @@ from bayes_svdo.inference.rvm_fixed_point import iterate
 from bayes_svdo.inference.rvm_posterior import AbstractSparseFunction
 from bayes_svdo.inference.rvm_search import ActiveSet, search
 
-Method = Literal["fast", "mackay", "em"]
-
 # Below these the rounding of the inner products shows in the residual.
 _LEAST_MIN_NOISE = {torch.float64: 1e-5, torch.float32: 1e-2}
-
 
 # Noise of 3 % of the targets' standard deviation to begin with. A search that begins with more may
 # end in a model that takes signal for noise: on Friedman's first function with wide kernels a start
@@ -125,14 +123,16 @@ def fit_rvm_regression(
             computed again whenever a basis function enters (``"fast"`` only).
 
     Raises:
-        TypeError: ``x`` or ``y`` is not a float tensor, or they differ in dtype.
+        TypeError: ``x`` or ``y`` is not a float tensor, they differ in dtype, or ``fit_intercept``
+            is neither True nor False.
         ValueError: An argument is out of its range, NaN or infinite, or has the wrong shape.
         ArithmeticError: An older update met a posterior precision singular to rounding.
     """
     check_inputs(x, y)
     if y.dtype != x.dtype:
         raise TypeError(f"x is {x.dtype} but y is {y.dtype}.\n  Try y.to(x.dtype).")
-    min_noise = _check_settings(x.dtype, method, beta, min_noise, tol, max_iter)
+    fit_intercept = check_options(fit_intercept, method, tol, max_iter)
+    min_noise = _check_noise(x.dtype, beta, min_noise)
     basis = resolve_kernel(x, kernel, gamma, degree, coef0)
     design = DesignMatrix(basis, x, centred=fit_intercept, max_bytes=max_kernel_bytes)
 
@@ -168,17 +168,8 @@ def fit_rvm_regression(
     return result
 
 
-def _check_settings(
-    dtype: torch.dtype,
-    method: str,
-    beta: float | None,
-    min_noise: float | None,
-    tol: float,
-    max_iter: int,
-) -> float:
-    """Refuse settings out of range; the ``min_noise`` to use."""
-    if method not in get_args(Method):
-        raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}.")
+def _check_noise(dtype: torch.dtype, beta: float | None, min_noise: float | None) -> float:
+    """Refuse noise out of range; the ``min_noise`` to use."""
     if beta is not None and not 0 < beta < math.inf:
         raise ValueError(f"beta, a noise precision, must be positive and finite, got {beta!r}.")
     least = _LEAST_MIN_NOISE[dtype]
@@ -189,7 +180,6 @@ def _check_settings(
             f"min_noise must be a fraction of the standard deviation of y in [{least}, 1) for "
             f"{dtype}, got {min_noise!r}."
         )
-    check_stopping(tol, max_iter)
     return min_noise
 
 

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import pyro
 import torch
+from torch.random import fork_rng
+
+
+def random_numbers_kept(device: torch.device) -> AbstractContextManager[None]:
+    """The state of torch's random numbers, on the CPU and on ``device``, as it was afterwards."""
+    return fork_rng([device] if device.type == "cuda" else [])
 
 
 @contextmanager
@@ -16,7 +22,7 @@ def random_state(seed: int | None, device: torch.device) -> Iterator[None]:
         yield
         return
     cuda = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device.index] if cuda else []):
+    with random_numbers_kept(device):
         # torch.manual_seed would seed other devices, too.
         torch.default_generator.manual_seed(seed)
         if cuda:

@@ -26,10 +26,10 @@ from bayes_svdo.inference.checks import (
     check_model,
     check_parameters,
     check_pruning,
-    check_scale,
     freeze_unused,
 )
 from bayes_svdo.inference.compiled import CompiledObjective, wants_compilation
+from bayes_svdo.inference.data_sites import check_scale
 from bayes_svdo.inference.devices import Ranks, make_fabric
 from bayes_svdo.inference.elbo import TraceAnalyticKL_ELBO
 from bayes_svdo.inference.guide import AdditiveNoiseGuide
@@ -37,6 +37,7 @@ from bayes_svdo.inference.objective import Objective
 from bayes_svdo.inference.posterior import Posterior, local_parameters, named_apart
 from bayes_svdo.inference.schedules import Schedule, as_lr_schedule, as_warmup
 from bayes_svdo.inference.surroundings import denormals_flushed, new_tensors, random_state
+from bayes_svdo.inference.threads import check_threads, threads
 from bayes_svdo.inference.training import (
     Callback,
     EpochEnd,
@@ -71,6 +72,7 @@ def fit(
     threshold: float = 3.0,
     prune_while_training: bool = False,
     compile: bool | Literal["auto"] = "auto",
+    num_threads: int | Literal["auto"] = "auto",
     callbacks: Sequence[Callback] = (),
     seed: int | None = None,
     progress: bool = True,
@@ -115,6 +117,9 @@ def fit(
             where there is a compiler, for runs of 10,000 steps or more; what cannot be compiled is
             said, and runs as it is. What else the model reads, such as an attribute that a callback
             changes, is a constant then.
+        num_threads: Threads of a CPU, for this run alone. ``"auto"``: as many of torch's own
+            (``torch.get_num_threads()``) as the matrix products of a batch have work for; a small
+            network takes longer with all cores of a large machine than with a few.
         callbacks: Called after every epoch with an :class:`EpochEnd`, on every device's process;
             one that returns ``True`` ends training.
         seed: Makes the run reproducible, given the network's initial weights
@@ -137,7 +142,7 @@ def fit(
     warmup, callbacks = as_warmup(kl_warmup), check_functions("callbacks", callbacks)
     for callback in callbacks:
         check_takes("a callback", callback, "the EpochEnd")
-    lr_schedule = as_lr_schedule(lr_schedule)
+    lr_schedule, thread_count = as_lr_schedule(lr_schedule), check_threads(num_threads)
     if elbo is not None and not isinstance(elbo, TraceAnalyticKL_ELBO):
         raise TypeError(
             f"elbo must be a TraceAnalyticKL_ELBO, but is {elbo!r}.\n"
@@ -185,6 +190,7 @@ def fit(
         if not isinstance(model, BayesianNetwork):
             check_scale(model, guide, first, batches.num_data)
             check_parameters(objective, first)
+        stack.enter_context(threads(thread_count, where, lambda: objective.preview(*first)))
         run = TrainingRun(
             fabric=fabric,
             ranks=ranks,

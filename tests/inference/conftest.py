@@ -7,6 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
+from bayes_svdo import AdditiveNoiseGuide, BayesianNetwork, TraceAnalyticKL_ELBO
+from bayes_svdo.inference.compiled import compile_objective
+from bayes_svdo.inference.posterior import local_parameters
+from bayes_svdo.models import Categorical
 
 
 @pytest.fixture(scope="session")
@@ -54,3 +60,72 @@ def correlated():
         return x, y
 
     return make
+
+
+@pytest.fixture
+def traced_only(monkeypatch):
+    """What is traced runs as it is: compilers take their time."""
+    monkeypatch.setattr("bayes_svdo.inference.graphs._compiled", lambda graph, *_: graph)
+
+
+@pytest.fixture(scope="session")
+def make_compiled():
+    """A function that compiles the objective of a classifier."""
+
+    def make(net, backend="inductor", sigma="weight", **elbo):
+        torch.manual_seed(0)
+        model = BayesianNetwork(net, Categorical(), num_data=1000)
+        guide = AdditiveNoiseGuide(model, init_log_sigma2=-3.0, sigma=sigma)
+        return compile_objective(TraceAnalyticKL_ELBO(**elbo), model, guide, backend=backend)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def evaluate():
+    """A function to an objective's value and gradients, of the same random numbers every time."""
+
+    def evaluate(objective, kl_weight, *batch):
+        objective.zero_grad()
+        torch.manual_seed(5)
+        with local_parameters():
+            value = objective(kl_weight, *batch)
+            value.loss.backward()
+        return value, {n: p.grad for n, p in objective.named_parameters() if p.grad is not None}
+
+    return evaluate
+
+
+@pytest.fixture(scope="session")
+def check_same_as_eager(evaluate):
+    """A function that finds the same value and gradients as without compilation."""
+
+    def check(compiled, *batch, rtol=1e-5):
+        full = torch.ones((), dtype=torch.float64)
+        for kl_weight in (full, 0.1 * full):
+            found, gradients = evaluate(compiled, kl_weight, *batch)
+            expected, others = evaluate(compiled.objective, kl_weight, *batch)
+            for one, other in zip(found, expected, strict=True):
+                torch.testing.assert_close(one, other, rtol=rtol, atol=1e-5)
+            assert {f"objective.{name}" for name in others} == set(gradients)
+            for name, other in others.items():
+                error = (gradients[f"objective.{name}"] - other).norm()
+                assert error <= rtol * other.norm() + 1e-6, name
+
+    return check
+
+
+@pytest.fixture
+def branching():
+    """A network that goes either way, depending on a value."""
+
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(64, 10)
+
+        def forward(self, x):
+            output = self.inner(x)
+            return output if output.sum() > 0 else -output
+
+    return Branching()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from fractions import Fraction
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from bayes_svdo.inference.arguments import (
     check_count,
+    check_flag,
     check_functions,
     check_precision,
     check_rate,
@@ -39,6 +41,18 @@ def test_what_is_no_count_is_refused_by_name(value: Any) -> None:
 
 def test_zero_is_a_count_where_it_may_be() -> None:
     assert check_count("epochs", 0, least=0) == 0
+
+
+@pytest.mark.parametrize("value", [True, False, 1, 0, np.True_, np.False_, np.int64(0)])
+def test_what_is_true_or_false_is_a_flag(value: Any) -> None:
+    assert check_flag("standardize", value) is bool(value)
+
+
+@pytest.mark.parametrize("value", ["no", "", None, 2, -1, 0.0, 1.0, math.nan, [], np.zeros(2)])
+def test_what_is_no_flag_is_refused_by_name(value: Any) -> None:
+    message = re.escape(f"standardize must be True or False, got {value!r}.")
+    with pytest.raises(TypeError, match=message):
+        check_flag("standardize", value)
 
 
 @pytest.mark.parametrize("value", [1, 0.1, np.float32(0.5), Fraction(1, 2)])

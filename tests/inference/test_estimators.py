@@ -298,6 +298,17 @@ def test_bad_options_of_the_svi_classifier_are_named(cancer, name, value):
         VDARDClassifier(**{name: value}).fit(*cancer)
 
 
+@pytest.mark.parametrize("value", ["no", None, 2])
+@pytest.mark.parametrize("estimator", [*REGRESSORS, *CLASSIFIERS], ids=lambda e: type(e).__name__)
+def test_what_is_neither_true_nor_false_is_refused(cancer, estimator, value):
+    """Of every option whose default is one of them: a string would count as true."""
+    options = [name for name, own in estimator.get_params().items() if isinstance(own, bool)]
+    assert options
+    for name in options:
+        with pytest.raises(TypeError, match=f"{name} must be True or False, got {value!r}"):
+            clone(estimator).set_params(**{name: value}).fit(*cancer)
+
+
 @pytest.mark.parametrize(
     ("standardize", "unit"),
     [

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from bayes_svdo.inference.l1 import fit_l1_logistic, l1_logistic_path
+from bayes_svdo.inference.l1 import fit_l1_logistic, l1_logistic_path, l1_min_c
 
 Y = torch.arange(60) % 3
 X = torch.randn(60, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -43,6 +43,13 @@ INF[0, 0] = math.inf
         (X, Y, {"C": "1"}, ValueError, r"C must be a positive.*got '1'"),
         (X, Y, {"tol": 0.0}, ValueError, r"tol must be positive"),
         (X, Y, {"max_iter": 0}, ValueError, r"max_iter must be at least 1; got 0"),
+        (
+            X,
+            Y,
+            {"fit_intercept": "no"},
+            TypeError,
+            r"fit_intercept must be True or False, got 'no'",
+        ),
         (X, Y, {"solver": "saga"}, ValueError, r'"auto", "newton" or "fista"; got \'saga\''),
         (X, Y, {"sample_weight": X[:, 0]}, ValueError, r"not negative; got values from -"),
         (X, Y, {"sample_weight": X[:3, 0]}, ValueError, r"shape \(60,\); got torch.Size\(\[3\]\)"),
@@ -55,6 +62,11 @@ INF[0, 0] = math.inf
 def test_bad_input_is_refused_by_name(x, y, options, error, words):
     with pytest.raises(error, match=words):
         fit_l1_logistic(x, y, **options)
+
+
+def test_the_smallest_C_refuses_the_same_intercepts():
+    with pytest.raises(TypeError, match="fit_intercept must be True or False, got None"):
+        l1_min_c(X, Y, fit_intercept=None)
 
 
 def test_an_empty_grid_a_misshapen_start_and_wrong_features_are_refused():

@@ -10,6 +10,7 @@ from bayes_svdo.inference.surroundings import (
     denormals_flushed,
     new_tensors,
     pyro_checks,
+    random_numbers_kept,
     random_state,
 )
 
@@ -40,6 +41,12 @@ def test_denormals_are_numbers_again_after_an_error() -> None:
 def test_denormals_of_a_cpu_are_nothing_to_a_gpu() -> None:
     with denormals_flushed(torch.device("cuda", 0)):
         assert not flushes()
+
+
+def test_random_numbers_that_are_drawn_meanwhile_come_again() -> None:
+    with random_numbers_kept(CPU):
+        meanwhile = torch.rand(3)
+    assert torch.equal(torch.rand(3), meanwhile)
 
 
 def test_a_seed_gives_the_same_numbers_and_takes_none() -> None:

@@ -470,7 +470,7 @@ def test_mixed_precision_rounds_no_targets(compile: bool, monkeypatch: Any) -> N
                 seen.add(y.dtype)
             super().forward(output, y, *rest)
 
-    monkeypatch.setattr("bayes_svdo.inference.compiled._compiled", lambda graph, *_: graph)
+    monkeypatch.setattr("bayes_svdo.inference.graphs._compiled", lambda graph, *_: graph)
     model = BayesianNetwork(nn.Linear(X.shape[1], 1), Watching(), num_data=N)
     data = X, 1001.0 + X[:, :1]
     quick(model, data, epochs=1, precision="bf16-mixed", compile=compile)

@@ -312,7 +312,8 @@ class BreaksAt(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> None:
         w = pyro.sample("w", LogUniform().expand([3]).to_event(1))
         self.calls += 1
-        bad = self.calls - 4 >= self.step  # the set-up of the guide, and three checks, come before
+        # The set-up of the guide, three checks and the count of its operations come before.
+        bad = self.calls - 5 >= self.step
         mean = x @ w
         with pyro.plate("data", N, subsample=torch.arange(len(x))):
             pyro.sample("fine", dist.Normal(mean, 1.0), obs=y.float())
