@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -42,6 +44,16 @@ def _cost(
     function()
     memory = _peak_mib() - before
     return {"ms": median(processor_ms(function)[0] for _ in range(repeats)), "mib": memory}
+
+
+def busy_seconds() -> float:
+    """Seconds that all cores together have been busy since the machine started; NaN if unknown."""
+    try:
+        line = Path("/proc/stat").read_text().splitlines()[0]
+    except OSError:
+        return math.nan
+    user, nice, system, _, _, irq, softirq, *_ = map(int, line.split()[1:])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
 
 def _peak_mib() -> float:

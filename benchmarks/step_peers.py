@@ -29,9 +29,16 @@ class NotAvailableError(Exception):
     """A peer that is not installed, or has no layers for a network."""
 
 
+def parts(name: str) -> tuple[str, float, int]:
+    """Of `"784-300-10@0.5*8"`: the network, the share of units left, the number of draws."""
+    name, _, draws = name.partition("*")
+    name, _, share = name.partition("@")
+    return name, float(share or 1.0), int(draws or 1)
+
+
 def network(name: str) -> nn.Module:
     """`"784-300-10"`, `"lenet-5-caffe"`, or `"64x16"` (16 layers, the hidden ones of 64 units)."""
-    name = name.partition("@")[0]
+    name = parts(name)[0]
     if name == "lenet-5-caffe":
         return lenet_5_caffe()
     if "x" in name:
@@ -267,7 +274,13 @@ def _prune(guide: Any, share: float) -> None:
 
 
 def _ours(
-    name: str, x: Tensor, y: Tensor, *, compiled: bool, dtype: torch.dtype | None = None
+    name: str,
+    x: Tensor,
+    y: Tensor,
+    *,
+    compiled: bool,
+    vectorized: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> Step:
     import pyro
 
@@ -280,9 +293,10 @@ def _ours(
     pyro.enable_validation(False)
     model = BayesianNetwork(network(name), Categorical(), NUM_DATA).to(x.device)
     guide = AdditiveNoiseGuide(model).to(x.device)
-    if "@" in name:
-        _prune(guide, float(name.partition("@")[2]))
-    elbo = TraceAnalyticKL_ELBO()
+    _, share, particles = parts(name)
+    if share < 1.0:
+        _prune(guide, share)
+    elbo = TraceAnalyticKL_ELBO(num_particles=particles, vectorize_particles=vectorized)
     objective = Objective(model, guide, elbo, scale=1 / NUM_DATA)
     weight = torch.ones((), dtype=torch.float64, device=x.device)
     if compiled:
@@ -311,6 +325,22 @@ def _ours(
     return eager_step
 
 
+def _predict(name: str, x: Tensor, y: Tensor, *, looped: bool) -> Step:
+    """Class probabilities at draws of all weights, together or one after the other."""
+    from bayes_svdo import AdditiveNoiseGuide, BayesianNetwork
+    from bayes_svdo.inference.posterior import Posterior
+    from bayes_svdo.models import Categorical
+
+    model = BayesianNetwork(network(name), Categorical(), NUM_DATA).to(x.device)
+    guide = AdditiveNoiseGuide(model).to(x.device)
+    guide(x, y)
+    posterior = Posterior(model, guide)
+    draws = parts(name)[2]
+    if not looped:
+        return lambda: posterior.predict(x, draws)
+    return lambda: torch.cat([posterior.predict(x, 1) for _ in range(draws)])
+
+
 PEERS: dict[str, Callable[[str, Tensor, Tensor], Step]] = {
     "deterministic": deterministic,
     "LinearSVDO": linear_svdo,
@@ -321,7 +351,15 @@ PEERS: dict[str, Callable[[str, Tensor, Tensor], Step]] = {
     "NumPyro": numpyro_jit,
     "ours, eager": functools.partial(_ours, compiled=False),
     "ours, compiled": functools.partial(_ours, compiled=True),
+    # Of several particles, or draws.
+    "ours, eager, looped": functools.partial(_ours, compiled=False, vectorized=False),
+    "ours, compiled, looped": functools.partial(_ours, compiled=True, vectorized=False),
+    "predict": functools.partial(_predict, looped=False),
+    "predict, looped": functools.partial(_predict, looped=True),
     # torch.optim.Adam as it comes.
     "deterministic, plain Adam": functools.partial(deterministic, fused=False),
     "LinearSVDO, plain Adam": functools.partial(linear_svdo, fused=False),
 }
+
+# Of a step with one particle: who is compared on every network.
+LIBRARIES = tuple(name for name in PEERS if "looped" not in name and name != "predict")

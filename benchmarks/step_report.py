@@ -24,22 +24,50 @@ GROUPS = {
 OURS_ALONE = ("KL and its gradient", "random numbers", "exp of log σ²")
 
 
-def table(folder: Path, device: str) -> str:
-    """What the results files in a folder hold, as Markdown."""
+def write_table(folder: Path, device: str) -> None:
+    """What the results files in a folder hold, as Markdown beside them."""
     found = {}
-    for action in ("peers", "growth", "precision", "profile"):
+    for action in ("peers", "growth", "threads", "precision", "profile"):
         path = folder / f"step_{action}_{device}.json"
-        found[action] = json.loads(path.read_text()) if path.exists() else None
-    lines: list[str] = []
-    if found["peers"]:
+        if path.exists():
+            found[action] = json.loads(path.read_text())
+    lines = _opening(found, device)
+    if "peers" in found:
         lines += _peers(found["peers"], device)
-    if found["profile"]:
-        lines += _profile(found["profile"], found["peers"])
-    if found["precision"]:
+    if "profile" in found:
+        lines += _profile(found["profile"], found.get("peers"))
+    if "precision" in found:
         lines += _precision(found["precision"])
-    if found["growth"]:
+    if "growth" in found:
         lines += _growth(found["growth"])
-    return "\n".join(lines)
+    if "threads" in found:
+        lines += _threads(found["threads"])
+    name = "step.md" if device == "cpu" else f"step_{device}.md"
+    (folder / name).write_text("\n".join(lines) + "\n")
+
+
+def _opening(found: dict[str, Any], device: str) -> list[str]:
+    """Where the numbers come from."""
+    files = ", ".join(f"`step_{action}_{device}.json`" for action in found)
+    any_of = next(iter(found.values()))
+    machine = any_of["environment"]["machine"]
+    versions = ", ".join(f"{k} {v}" for k, v in any_of["environment"]["versions"].items())
+    where = f"{machine['cpu']}, {machine['cores']} cores"
+    if device != "cpu":
+        where = f"{any_of['device']}; {where}"
+    times = "processor time of one thread" if device == "cpu" else "wall time"
+    return [
+        "# A training step beside other libraries\n",
+        f"Written by `benchmarks/step.py table{'' if device == 'cpu' else ' --device ' + device}` "
+        f"from {files}, which hold every time. {where}; Python {any_of['environment']['python']}, "
+        f"{versions}.\n",
+        f"Milliseconds a step, {times} unless said otherwise: medians of rounds in which all take "
+        "turns. A ratio is the median over rounds of what it is within a round; where there are "
+        "several processes of each library, the median over these, each with the median of its "
+        'rounds. "plain Adam" is `torch.optim.Adam` as it comes; all others of torch, but those '
+        "that train through `pyro.optim`, have the fused one. Each table says how many cores other "
+        "work kept busy meanwhile, on average.",
+    ]
 
 
 def ratio(result: dict[str, Any], one: str, other: str) -> tuple[float, float, float]:
@@ -72,7 +100,7 @@ def _peers(content: dict[str, Any], device: str) -> list[str]:
         if result["processes"] > 1:
             rounds += f" in each of {result['processes']} processes"
         lines += [
-            f"\n**{result['network']}, batch {result['batch']}**, {rounds}\n",
+            f"\n**{result['network']}, batch {result['batch']}**, {rounds}{_others([result])}\n",
             f"| | ms, median | least | x deterministic | x LinearSVDO | {memory_of} |",
             "| --- | --- | --- | --- | --- | --- |",
         ]
@@ -171,17 +199,69 @@ def _precision(content: dict[str, Any]) -> list[str]:
 
 
 def _growth(content: dict[str, Any]) -> list[str]:
-    lines = []
+    lines = [
+        "\n## Growth\n",
+        "Exponents p, with their standard errors, and the part that does not grow are of a fit of "
+        "`fixed + factor * size^p` to the least times of all sizes, least squares of logarithms; a "
+        "time that does not double has none.",
+    ]
     for name, curve in content["curves"].items():
-        peers = curve["exponents"]
+        rows, fits = curve["rows"], curve["growth"]
+        rounds = rows[0]["rounds"]
         lines += [
-            f"\n**Against {name}**, least ms of {curve['rows'][0]['rounds']} rounds\n",
-            f"| {curve['against']} | {' | '.join(peers)} |",
-            f"| --- |{' --- |' * len(peers)}",
+            f"\n**Against {name}**, least ms of {rounds} rounds{_others(rows)}\n",
+            f"| {curve['against']} | {' | '.join(fits)} |",
+            f"| --- |{' --- |' * len(fits)}",
         ]
-        for row in curve["rows"]:
-            values = [f"{row['least_milliseconds'][peer]:.2f}" for peer in peers]
+        for row in rows:
+            values = [f"{row['least_milliseconds'][peer]:.2f}" for peer in fits]
             lines.append(f"| {row['size']:,} | {' | '.join(values)} |")
-        fits = [f"{value:.2f}" for value in peers.values()]
-        lines.append(f"| exponent between the last two sizes | {' | '.join(fits)} |")
+        found = list(fits.values())
+        for title, text in (
+            ("exponent", lambda fit: f"{fit['exponent']:.2f} ± {fit['standard_error']:.2f}"),
+            ("fixed, ms", lambda fit: f"{fit['fixed_milliseconds']:.2f}"),
+            ("farthest from the fit, %", lambda fit: f"{100 * fit['largest_deviation']:.0f}"),
+        ):
+            cells = ["-" if fit is None else text(fit) for fit in found]
+            lines.append(f"| {title} | {' | '.join(cells)} |")
+        memory = [row["peak_bytes_of_a_step"] for row in rows]
+        of = {"particles": "step", "draws": "call"}.get(curve["against"])
+        if of is not None and None not in memory[0].values():
+            lines += [
+                f"\nMB that a {of} holds at most:\n",
+                f"| {curve['against']} | {' | '.join(fits)} |",
+                f"| --- |{' --- |' * len(fits)}",
+            ]
+            for row in rows:
+                values = [f"{row['peak_bytes_of_a_step'][peer] / 1e6:.1f}" for peer in fits]
+                lines.append(f"| {row['size']:,} | {' | '.join(values)} |")
     return lines
+
+
+def _threads(content: dict[str, Any]) -> list[str]:
+    numbers = [str(number) for number in content["threads"]]
+    peers = list(next(iter(content["rows"][0]["least_milliseconds"].values())))
+    lines = [
+        "\n## Threads\n",
+        "Least wall ms of a step by threads, and how many `fit` takes of those that there are"
+        f"{_others(content['rows'])}.\n",
+        "| network, batch | threads of `fit` | "
+        + " | ".join(f"{peer}, {number}" for peer in peers for number in numbers)
+        + " |",
+        "| --- | --- |" + " --- |" * (len(peers) * len(numbers)),
+    ]
+    for row in content["rows"]:
+        times = row["least_milliseconds"]
+        cells = [f"{times[number][peer]:.2f}" for peer in peers for number in numbers]
+        lines.append(
+            f"| {row['network']}, {row['batch']} | {row['chosen']} | {' | '.join(cells)} |"
+        )
+    return lines
+
+
+def _others(results: list[dict[str, Any]]) -> str:
+    busy = [result.get("cores_busy_with_other_work") for result in results]
+    known = [value for value in busy if value is not None]
+    if len(known) < len(busy):
+        return ""
+    return f"; other work: {statistics.mean(known):.2f} cores"
