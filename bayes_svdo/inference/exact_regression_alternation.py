@@ -37,9 +37,11 @@ def alternate(problems: Problems, state: State) -> tuple[State, list[Tensor]]:
 
 
 def prune(problems: Problems, state: State) -> State:
-    """Set the weights with ``z² <= kl_weight`` to 0, where that does not lower the ELBO."""
+    """Set weights with ``z² <= kl_weight`` to 0, unless the ELBO falls by more than rounding."""
     pruned = evaluate(problems, _joint_optima(problems, state))
-    keeps = torch.where((pruned.elbo >= state.elbo)[..., None], pruned.log_alpha, state.log_alpha)
+    rounding = 10 * torch.finfo(state.elbo.dtype).eps * state.elbo.abs()
+    lowers = pruned.elbo < state.elbo - rounding
+    keeps = torch.where(lowers[..., None], state.log_alpha, pruned.log_alpha)
     return evaluate(problems, keeps)
 
 

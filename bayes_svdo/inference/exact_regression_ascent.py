@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vecdot
 
-from bayes_svdo.inference.exact_regression_curves import Curves
+from bayes_svdo.inference.exact_regression_curves import Curves, Piece
 
 # The active weights move by Newton steps once no single one can enter or leave for more nats.
 _SMALL_CHANGE = 0.1
@@ -98,6 +98,8 @@ class State(NamedTuple):
     active_alpha: Tensor  # (B, S, A), huge in unused slots
     active_pull: Tensor  # (B, S, A), alpha loc, which is x_active' residual
     active_kl: Tensor  # (B, S, A)
+    position: Tensor  # (B, S, A), of active_log_alpha on the curve of h = -dKL / d log_alpha
+    slope_coefficients: Tensor  # (B, S, A, 4)
     rows: Tensor  # (B, S, A, D), x_active' x, or where there is no gram (B, S, A, M), x_active'
     whitener: Tensor  # (B, S, A, A), inverse Cholesky factor of x_active' x_active + diag(alpha)
 
@@ -122,19 +124,20 @@ def evaluate(problems: Problems, log_alpha: Tensor) -> State:
     # Its inverse costs no more than the products with it that follow, and makes them faster.
     whitener = torch.linalg.solve_triangular(factor, _identity(factor), upper=False)
     moment = problems.moment[:, None].expand_as(log_alpha).gather(-1, active)
-    active_loc = (whitener.mT @ (whitener @ moment[..., None]))[..., 0] * filled
+    active_loc = ((moment[..., None, :] @ whitener.mT) @ whitener)[..., 0, :] * filled
     loc = torch.zeros_like(log_alpha).scatter_(-1, active, active_loc)
     residual = problems.target[:, None] - loc @ problems.x_rows
 
     active_pull = active_alpha * active_loc
     error = vecdot(residual, residual) + vecdot(active_pull, active_loc)
     noise_precision = best_noise_precision(problems, error)
-    active_kl = problems.curves.kl(active_log_alpha)
+    kl, slope = problems.curves.kl_pieces(active_log_alpha)
+    active_kl = kl.value()
     elbo = objective(problems, error, noise_precision, active_kl.sum(-1))
     elbo = elbo.nan_to_num_(nan=-torch.inf).masked_fill_(failed > 0, -torch.inf)
     return State(
         log_alpha, kept, loc, noise_precision, elbo, residual, active, filled, active_loc,
-        active_log_alpha, active_alpha, active_pull, active_kl, rows, whitener,
+        active_log_alpha, active_alpha, active_pull, active_kl, *slope, rows, whitener,
     )  # fmt: skip
 
 
@@ -166,41 +169,42 @@ def best_noise_precision(problems: Problems, error: Tensor) -> Tensor:  # (B, S)
 
 def start(problems: Problems, names: tuple[str, ...]) -> State:
     """The state of each start; see :func:`fit_vdard_regression` for their meaning."""
-    choices = {
-        "zero": lambda: _first_to_enter(problems),
-        "ridge": lambda: torch.where(problems.moment == 0, torch.inf, problems.moment * 0),
-        "ols": lambda: _from_least_squares(problems),
+    error = vecdot(problems.target, problems.target)[:, None]  # without any weight
+    noise_precision = best_noise_precision(problems, error)
+    scale = noise_precision / problems.kl_weight
+    excess = {
+        "zero": lambda: scale * problems.moment.square() - 1,
+        "ridge": lambda: problems.moment,
+        "ols": lambda: _excess_at_least_squares(problems),
     }
-    log_alpha = torch.stack([choices[name]() for name in names], 1)
+    log_alpha = problems.curves.optimal_log_alpha(
+        torch.stack([excess[name]() for name in names], 1)
+    )
+    for i, name in enumerate(names):
+        if name == "zero":
+            log_alpha[:, i] = _first_to_enter(problems, log_alpha[:, i])
+        elif name == "ridge":
+            log_alpha[:, i] = torch.where(problems.moment == 0, torch.inf, 0.0)
     state = evaluate(problems, log_alpha)
     failed = state.elbo == -torch.inf  # collinear columns, nearly without noise
     if "zero" in names:  # what enters together may gain less than nothing
+        nothing = objective(problems, error, noise_precision, torch.zeros_like(error))
         zero = names.index("zero")
-        failed[:, zero] |= state.elbo[:, zero] < _elbo_of_nothing(problems)
+        failed[:, zero] |= state.elbo[:, zero] < nothing[:, 0]
     if failed.any():
         state = evaluate(problems, torch.where(failed[..., None], torch.inf, log_alpha))
     return state
 
 
-def _first_to_enter(problems: Problems) -> Tensor:  # (B, D)
-    """The weights that would enter first where there are none, each as if alone."""
-    error = vecdot(problems.target, problems.target)[:, None]
-    scale = best_noise_precision(problems, error) / problems.kl_weight
-    relevance = scale * problems.moment.square()
-    movers = relevance.topk(min(_FIRST_TO_ENTER, relevance.shape[-1]))[1]
-    alone = problems.curves.optimal_log_alpha(relevance.gather(-1, movers) - 1)
-    goes = _without_clashes(problems, movers[:, None], (alone < torch.inf)[:, None])[:, 0]
-    none = torch.full_like(relevance, torch.inf)
-    return none.scatter_(-1, movers, alone.where(goes, torch.inf))
+def _first_to_enter(problems: Problems, alone: Tensor) -> Tensor:  # (B, D), (B, D)
+    """Of weights with the ``log_alpha`` that each would have alone, those that enter first."""
+    first, movers = alone.topk(min(_FIRST_TO_ENTER, alone.shape[-1]), largest=False)
+    goes = _without_clashes(problems, movers[:, None], (first < torch.inf)[:, None])[:, 0]
+    none = torch.full_like(alone, torch.inf)
+    return none.scatter_(-1, movers, first.where(goes, torch.inf))
 
 
-def _elbo_of_nothing(problems: Problems) -> Tensor:  # (B,)
-    error = vecdot(problems.target, problems.target)[:, None]
-    noise_precision = best_noise_precision(problems, error)
-    return objective(problems, error, noise_precision, torch.zeros_like(error))[:, 0]
-
-
-def _from_least_squares(problems: Problems) -> Tensor:  # (B, D)
+def _excess_at_least_squares(problems: Problems) -> Tensor:  # (B, D)
     loc = problems.least_squares
     if loc is None:
         gram = problems.gram
@@ -213,8 +217,7 @@ def _from_least_squares(problems: Problems) -> Tensor:  # (B, D)
     noise_precision = best_noise_precision(problems, residual.square().sum(-1, keepdim=True))
     if problems.noise_precision is None:  # less one degree of freedom per feature, as for z-scores
         noise_precision = noise_precision * (1 - loc.shape[-1] / problems.num_data)
-    excess = noise_precision * loc.square() / problems.kl_weight - 1
-    return problems.curves.optimal_log_alpha(excess)
+    return noise_precision * loc.square() / problems.kl_weight - 1
 
 
 class Moves(NamedTuple):
@@ -287,10 +290,10 @@ def newton_step(problems: Problems, state: State, moves: Moves) -> Tensor:  # (B
     beta = state.noise_precision[..., None]
     pull, loc = state.active_pull, state.active_loc
     energy = (beta * pull).mul_(loc).mul_(0.5)
-    h, h_slope = problems.curves.negative_slope.with_slope(state.active_log_alpha)
-    gradient = h.mul_(problems.kl_weight).sub_(energy).mul_(state.filled)
+    h = Piece(state.position, state.slope_coefficients)
+    gradient = h.value().mul_(problems.kl_weight).sub_(energy).mul_(state.filled)
     keeps = torch.sigmoid(state.active_log_alpha)
-    bend = -problems.kl_weight * h_slope
+    bend = h.slope().mul_(-problems.kl_weight / problems.curves.kl.width)
 
     inverse = moves.inverse
     if problems.noise_precision is None:  # it follows
@@ -375,6 +378,9 @@ def join(state: State, finished: Tensor) -> tuple[State, Tensor]:
     if float((most - least).max()) > _SAME_SHARE:
         return state, finished
     best = state.elbo.argmax(-1)
+    if num == 1:
+        one = slice(int(best), int(best) + 1)
+        return State(*(field[:, one] for field in state)), finished[:, one]
     best += torch.arange(0, num * starts, starts, device=best.device)
     return State(*(_only(field, best) for field in state)), _only(finished, best)
 

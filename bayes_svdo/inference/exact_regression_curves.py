@@ -82,40 +82,60 @@ def optimal_log_alpha(relevance: Tensor, kl: KL = "exact") -> Tensor:  # (*shape
     return torch.where(relevance.isnan(), torch.nan, result).to(relevance.dtype)
 
 
+class Piece(NamedTuple):
+    """The cubics of a curve that some points are on."""
+
+    position: Tensor  # (*shape), in units of the width of a cell, from its beginning
+    coefficients: Tensor  # (*shape, 4), ascending powers
+
+    def value(self) -> Tensor:  # (*shape)
+        """The curve at the points."""
+        c0, c1, c2, c3 = self.coefficients.unbind(-1)
+        u = self.position
+        return c0.addcmul(u, c1.addcmul(u, c2.addcmul(u, c3)))
+
+    def slope(self) -> Tensor:  # (*shape)
+        """Its derivative there, by the position."""
+        _, c1, c2, c3 = self.coefficients.unbind(-1)
+        u = self.position
+        return c1.addcmul(u, (c2 + c2).addcmul(u, c3, value=3.0))
+
+
 class Curve(NamedTuple):
-    """A function on the real line: cubic Hermite pieces of equal width, straight lines outside."""
+    """A function on the real line: cubic Hermite pieces of equal width, straight lines outside.
+
+    Or several of them, side by side.
+    """
 
     start: float
     width: float
-    coefficients: Tensor  # (cells + 2, 4), ascending powers; the line below, cells, the line above
+    coefficients: Tensor  # (cells + 2, 4); the line below, cells, the line above
 
-    def _piece(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The position of x in its cell, and the cell's coefficients."""
-        position = (x - (self.start - self.width)) / self.width
+    def piece(self, x: Tensor) -> Piece:  # (*shape)
+        """The cubics at points."""
+        position = x.mul(1 / self.width).sub_(self.start / self.width - 1)
         largest = torch.finfo(x.dtype).max / 4
         position.clamp_(-largest, largest)  # inf times a slope of 0 would be NaN
-        cell = position.floor().clamp_(0, self.coefficients.shape[0] - 1)
-        return position.sub_(cell), self.coefficients[cell.long()].unbind(-1)
+        cell = position.clamp(0, self.coefficients.shape[0] - 1).long()
+        return Piece(position.sub_(cell), torch.embedding(self.coefficients, cell))
 
     def __call__(self, x: Tensor) -> Tensor:  # (*shape) -> (*shape)
         """Its value."""
-        u, (c0, c1, c2, c3) = self._piece(x)
-        return c0.addcmul(u, c1.addcmul(u, c2.addcmul(u, c3)))
-
-    def with_slope(self, x: Tensor) -> tuple[Tensor, Tensor]:  # (*shape) -> (*shape), (*shape)
-        """Its value and slope."""
-        u, (c0, c1, c2, c3) = self._piece(x)
-        slope = c1.addcmul(u, (c2 + c2).addcmul(u, c3, value=3.0))
-        return c0.addcmul(u, c1.addcmul(u, c2.addcmul(u, c3))), slope.div_(self.width)
+        return self.piece(x).value()
 
 
 class Curves(NamedTuple):
     """What the optimiser asks about a KL, as tables: cheap, and as good as exact."""
 
     kl: Curve  # log_alpha -> KL
-    negative_slope: Curve  # log_alpha -> h = -dKL / d log_alpha
+    kl_and_slope: Curve  # log_alpha -> KL and h = -dKL / d log_alpha, (cells + 2, 8)
     by_excess: Curve  # log(z²/kl_weight - 1) -> log_alpha, the joint optimum of loc and alpha
     by_energy: Curve  # log(c/kl_weight), c = beta s loc²/2 -> log_alpha, loc held fixed
+
+    def kl_pieces(self, log_alpha: Tensor) -> tuple[Piece, Piece]:  # (*shape)
+        """Of the KL and of its negative slope, which have the same cells."""
+        position, both = self.kl_and_slope.piece(log_alpha)
+        return Piece(position, both[..., :4]), Piece(position, both[..., 4:])
 
     def optimal_log_alpha(self, excess: Tensor) -> Tensor:  # (*shape) -> (*shape)
         """``log_alpha`` for ``z²/kl_weight = 1 + excess``; inf, pruned, unless excess > 0."""
@@ -138,9 +158,12 @@ def tabulate(kl: KL, dtype: torch.dtype, device: torch.device) -> Curves:
         psi_grid = torch.linspace(_LOWEST, _HIGHEST_OF_PSI, _NUM_CELLS + 1, dtype=torch.float64)
         log_excess, excess_slope = _log_psi_minus_one(function, psi_grid)
         below, above = grid == grid[0], grid == grid[-1]  # flat there: log_alpha may be infinite
+        value_curve = _hermite(grid, value, -h.masked_fill(above, 0.0))
+        slope_curve = _hermite(grid, h, h_slope.masked_fill(below | above, 0.0))
+        both = torch.cat((value_curve.coefficients, slope_curve.coefficients), 1)
         curves = Curves(
-            kl=_hermite(grid, value, -h.masked_fill(above, 0.0)),
-            negative_slope=_hermite(grid, h, h_slope.masked_fill(below | above, 0.0)),
+            kl=value_curve,
+            kl_and_slope=value_curve._replace(coefficients=both),
             by_excess=_inverse(psi_grid, log_excess, excess_slope),
             by_energy=_inverse(grid, h.log() - grid, h_slope / h - 1),
         )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,12 +52,15 @@ def checked_data(x: Tensor, y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
                 f"{name} contains NaN or infinity ({bad} of {value.numel()} values).\n"
                 "  Impute or drop these observations before fitting."
             )
-    try:
-        batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-1])
-    except RuntimeError:
-        raise ValueError(
-            f"the leading dimensions of x {tuple(x.shape)} and y {tuple(y.shape)} do not broadcast."
-        ) from None
+    batch = x.shape[:-2]
+    if y.shape[:-1] != batch:
+        try:
+            batch = torch.broadcast_shapes(batch, y.shape[:-1])
+        except RuntimeError:
+            raise ValueError(
+                f"the leading dimensions of x {tuple(x.shape)} and y {tuple(y.shape)} do not "
+                "broadcast."
+            ) from None
     if 0 in batch:
         raise ValueError(f"there is no problem to fit: x has shape {tuple(x.shape)}.")
     return x.expand(*batch, *x.shape[-2:])[None], y.expand(*batch, y.shape[-1])[None]
@@ -200,7 +204,8 @@ class NaturalUnits(NamedTuple):
     x_scale: Tensor  # (B, D), by what was divided; 1 where x is constant
     y_scale: Tensor  # (B,)
     constant: Tensor  # (B,), whether y is
-    least_squares: Tensor | None  # (B, D), of y on x, where it came with the rotation
+    gram: Tensor | None  # (B, D + 1, D + 1), of x and y, where the rotation came from it
+    least_squares: Tensor | None  # (B, D), of y on x, likewise
 
 
 def natural_units(x: Tensor, y: Tensor, fit_intercept: bool) -> NaturalUnits:
@@ -226,9 +231,9 @@ def natural_units(x: Tensor, y: Tensor, fit_intercept: bool) -> NaturalUnits:
         constant = norm * largest <= rounding * torch.maximum(mean.abs(), largest * (norm == 0))
         columns = columns * (~constant / torch.where(constant, 1.0, norm))[..., None, :]
         scale = torch.where(constant, 1.0, norm * largest)
-        least_squares = None
+        gram = least_squares = None
     else:
-        columns, scale = rotated
+        columns, gram, scale = rotated
         constant = torch.zeros_like(scale, dtype=torch.bool)
         moment = columns[..., :-1, -1:]
         least_squares = torch.linalg.solve_triangular(columns[..., :-1, :-1], moment, upper=True)
@@ -240,27 +245,36 @@ def natural_units(x: Tensor, y: Tensor, fit_intercept: bool) -> NaturalUnits:
         )
     return NaturalUnits(
         columns[..., :-1], columns[..., -1], mean[..., :-1], mean[..., -1],
-        scale[..., :-1], scale[..., -1], constant[..., -1], least_squares,
+        scale[..., :-1], scale[..., -1], constant[..., -1], gram, least_squares,
     )  # fmt: skip
 
 
 def _rotated(
     columns: Tensor, mean: Tensor, rounding: float
-) -> tuple[Tensor, Tensor] | None:  # (B, M, C) -> (B, C, C), (B, C)
-    """Columns of norm 1, upper triangular, and their norms, by way of the Gram matrix.
+) -> tuple[Tensor, Tensor, Tensor] | None:  # (B, M, C) -> (B, C, C), (B, C, C), (B, C)
+    """Columns of norm 1, upper triangular, their Gram matrix, which they come from, and the norms.
 
     Faster than QR, and as exact while no column is constant or close to the span of the others:
     else None.
     """
-    gram = columns.mT @ columns
+    gram = _gram(columns)
     norm = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-    factor = torch.linalg.cholesky_ex(gram / (norm[..., None] * norm[..., None, :]), upper=True)[0]
+    gram = gram / (norm[..., None] * norm[..., None, :])
+    factor = torch.linalg.cholesky_ex(gram, upper=True)[0]
     no_square_underflows = torch.finfo(norm.dtype).tiny ** 0.25
     exact = (
         float(factor.diagonal(dim1=-2, dim2=-1).amin()) >= _LEAST_DISTANCE  # false for NaN
         and float((norm - rounding * mean.abs()).amin()) > no_square_underflows
     )
-    return (factor, norm) if exact else None
+    return (factor, gram, norm) if exact else None
+
+
+def _gram(columns: Tensor) -> Tensor:  # (B, M, C) -> (B, C, C)
+    """``columns' columns``; on a CPU by NumPy, which computes half of it, the rest by symmetry."""
+    if columns.device.type != "cpu":
+        return columns.mT @ columns
+    with np.errstate(all="ignore"):  # inf is seen to by the caller
+        return torch.stack([torch.from_numpy(each.T @ each) for each in columns.numpy()])
 
 
 def given_precision(
@@ -319,11 +333,17 @@ def problems_of(
 ) -> Problems:
     """What the ascent works on."""
     x, y = data.x, data.y
+    gram: Tensor | None
+    if data.gram is not None:
+        gram, moment = data.gram[:, :-1, :-1].contiguous(), data.gram[:, -1, :-1]
+    else:
+        gram = x.mT @ x if x.shape[-1] <= x.shape[-2] else None
+        moment = (y[:, None] @ x)[:, 0]
     return Problems(
         x_rows=x.mT.contiguous(),
         target=y.contiguous(),
-        gram=x.mT @ x if x.shape[-1] <= x.shape[-2] else None,
-        moment=(y[:, None] @ x)[:, 0],
+        gram=gram,
+        moment=moment,
         num_data=degrees,
         kl_weight=weight,
         noise_precision=precision,

@@ -73,6 +73,6 @@ def test_pruning_leaves_what_is_relevant_and_never_lowers_the_elbo(problem) -> N
     kept = pruned.log_alpha[0, 0] < math.inf
     assert (state.log_alpha < math.inf).all()
     assert 0 < int(kept.sum()) < 15
-    assert pruned.elbo >= state.elbo
+    assert pruned.elbo >= state.elbo - 1e-12  # rounding, of 346 nats
     # Those that go had all but gone.
     assert state.loc[0, 0, ~kept].abs().max() < 1e-3 * state.loc[0, 0, kept].abs().min()

@@ -127,7 +127,9 @@ def test_slopes_of_the_tables_are_those_of_autograd(kl: KL) -> None:
     log_alpha = torch.linspace(-30, 30, 4001, dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(kl_function(kl)(log_alpha).sum(), log_alpha, create_graph=True)
     (curvature,) = torch.autograd.grad(slope.sum(), log_alpha)
-    h, h_slope = curves.negative_slope.with_slope(log_alpha.detach())
+    kl, negative = curves.kl_pieces(log_alpha.detach())
+    assert (kl.value() == curves.kl(log_alpha.detach())).all()
+    h, h_slope = negative.value(), negative.slope() / curves.kl.width
     assert (h + slope.detach()).abs().max() < 1e-12
     assert (h_slope + curvature).abs().max() < 1e-7  # the derivative of a cubic: one order less
 
@@ -140,7 +142,8 @@ def test_beyond_the_tables_the_kl_is_a_line_and_then_nothing(kl: KL) -> None:
     # Half a nat per unit of log_alpha, where the posterior has forgotten the prior.
     assert float(curves.kl(low).diff()) == pytest.approx(5.0, rel=1e-12)
     assert (curves.kl(high).abs() < 1e-16).all()
-    value, slope = curves.negative_slope.with_slope(torch.cat((low, high)))
+    negative = curves.kl_pieces(torch.cat((low, high)))[1]
+    value, slope = negative.value(), negative.slope()
     assert torch.allclose(value[:2], torch.tensor(0.5, dtype=torch.float64), atol=1e-12)
     assert (value[2:].abs() < 1e-16).all()
     assert (slope == 0).all()
