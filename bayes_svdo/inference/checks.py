@@ -20,7 +20,7 @@ from bayes_svdo.distributions import LogUniform
 from bayes_svdo.inference.batches import Batches, check_finite
 from bayes_svdo.inference.data_sites import check_sites
 from bayes_svdo.inference.guide import AdditiveNoiseGuide
-from bayes_svdo.inference.objective import Objective
+from bayes_svdo.inference.objective import Objective, ObjectiveValue
 from bayes_svdo.inference.posterior import Posterior, dtype_hint
 from bayes_svdo.inference.surroundings import random_numbers_kept
 from bayes_svdo.models import BayesianNetwork
@@ -254,7 +254,7 @@ def check_parameters(
     batch: tuple[Any, ...],
     state: dict[str, Tensor] | None = None,
     error: type[Exception] = ValueError,
-) -> None:
+) -> ObjectiveValue:
     """Evaluate an objective once, and refuse parameters of Pyro's store that no module holds.
 
     Args:
@@ -263,12 +263,15 @@ def check_parameters(
         state: Parameters and buffers to evaluate it with, in place of its own.
         error: What to raise.
 
+    Returns:
+        What the objective is, at full weight.
+
     Raises:
         ValueError: Or another ``error``; names the parameter.
     """
     state = state or {}
     with poutine.trace(param_only=True) as captured:
-        functional_call(objective, state, (torch.ones(()), *batch))
+        found: ObjectiveValue = functional_call(objective, state, (torch.ones(()), *batch))
     held = {id(value) for value in (*objective.parameters(), *state.values())}
     nodes: dict[str, Any] = captured.trace.nodes
     for name, site in nodes.items():
@@ -279,6 +282,7 @@ def check_parameters(
                 "  Try a PyroModule as model, with the network or a PyroParam as attribute; or "
                 "Pyro's own SVI."
             )
+    return found
 
 
 def _lift(model: object) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_leaves
 
+from bayes_svdo.inference.arguments import check_weight
 from bayes_svdo.inference.elbo import TraceAnalyticKL_ELBO
 from bayes_svdo.inference.graphs import Graph, Numbers, UntraceableError, make_graph
 from bayes_svdo.inference.guide import AdditiveNoiseGuide
@@ -43,19 +44,37 @@ def compile_objective(
         model: The model. Its parameters are used in place, not copied.
         guide: Its guide.
         *example_batch: What ``model`` is called with, to compile at once for batches of its shapes;
-            nothing, to compile when the first batch comes.
+            nothing, to compile when the first batch comes. A guide of a hand-written model that
+            has not been called yet is set up for it.
         backend: For ``torch.compile``.
 
     Returns:
         A module with the parameters of model and guide.
 
     Raises:
+        TypeError: ``elbo``, ``model`` or ``guide`` is something else.
+        ValueError: The guide has not been called, and there is no example to call it with.
         UntraceableError: Control flow depends on the values of data or weights, or a value is read
             back; with the reason.
     """
+    for name, value, kind in (
+        ("elbo", elbo, TraceAnalyticKL_ELBO),
+        ("guide", guide, AdditiveNoiseGuide),
+    ):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} must be of the type {kind.__name__}, but is {value!r}.")
+    if not callable(model):
+        raise TypeError(f"model must be a Pyro model, which is called, but is {model!r}.")
+    if guide.prototype_trace is None:
+        if not example_batch:
+            raise ValueError(
+                "guide has no parameters before its first call.\n"
+                "  Try compile_objective(elbo, model, guide, x, y), with a batch of the data."
+            )
+        guide(*example_batch)
     compiled = CompiledObjective(Objective(model, guide, elbo), backend)
     if example_batch:
-        compiled.prepare(torch.ones((), dtype=torch.float64), *example_batch)
+        compiled.prepare(*example_batch)
     return compiled
 
 
@@ -93,8 +112,9 @@ class CompiledObjective(nn.Module):
     The signature is the shapes, dtypes and devices of a batch, its values that are no tensors, the
     modules' training mode, and ``num_data`` where a likelihood of the user's own reads it: a last,
     smaller batch costs one more compilation. The KL's weight, the ELBO's own included, ``num_data``
-    and the scale may change with every step. Whatever else the model reads, such as an attribute
-    that a callback changes, is a constant of the graph. From the ninth signature on, new ones are
+    and the scale may change with every step; a parameter that is frozen, or no longer, costs
+    another compilation. Whatever else the model reads, such as an attribute that a callback
+    changes, is a constant of the graph. From the ninth signature on, new ones are
     evaluated as they are, with a warning. When half of what is left of the weights has been zeroed
     for good, rows and columns that are dead leave the graphs, which are compiled anew. Without
     gradients (``torch.no_grad()``) nothing is compiled.
@@ -122,9 +142,16 @@ class CompiledObjective(nn.Module):
         model = objective.model  # a guide has no modes
         self._modes = list(model.modules()) if isinstance(model, nn.Module) else []
 
-    def forward(self, kl_weight: Tensor, *batch: Any) -> ObjectiveValue:
-        """One estimate on a batch, as by :class:`Objective`."""
-        graph = self.prepare(kl_weight, *batch) if torch.is_grad_enabled() else None
+    def forward(self, kl_weight: float | Tensor, *batch: Any) -> ObjectiveValue:
+        """One estimate on a batch, as by :class:`Objective`.
+
+        Raises:
+            TypeError, ValueError: ``kl_weight`` is no finite number of at least 0, nor a scalar
+                tensor of one.
+            UntraceableError: As :func:`compile_objective`, if that is required.
+        """
+        graph = self.prepare(*batch) if torch.is_grad_enabled() else None
+        kl_weight = self._weight(kl_weight)
         if graph is None:
             value: ObjectiveValue = self.objective(kl_weight, *batch)
             return value
@@ -133,13 +160,15 @@ class CompiledObjective(nn.Module):
         return ObjectiveValue(loss, terms, score)
 
     @torch.no_grad()
-    def set_gradients(self, kl_weight: Tensor, *batch: Any) -> ObjectiveValue:
+    def set_gradients(self, kl_weight: float | Tensor, *batch: Any) -> ObjectiveValue:
         """One estimate on a batch, its gradient in the parameters' ``grad``.
 
         As ``zero_grad()`` and ``backward()`` on the loss, without autograd's share of the time.
+        Errors are those of :meth:`forward`.
         """
         with torch.enable_grad():
-            graph = self.prepare(kl_weight, *batch)
+            graph = self.prepare(*batch)
+        kl_weight = self._weight(kl_weight)
         if graph is None:
             self.zero_grad()
             with torch.enable_grad():
@@ -153,7 +182,7 @@ class CompiledObjective(nn.Module):
             parameter.grad = gradient
         return ObjectiveValue(*values)
 
-    def prepare(self, kl_weight: Tensor, *batch: Any) -> Graph | None:
+    def prepare(self, *batch: Any) -> Graph | None:
         """Compile for batches like this one, unless that is done; None if there are too many.
 
         Raises:
@@ -165,6 +194,11 @@ class CompiledObjective(nn.Module):
             self._layout = layout
         key = self._signature(batch)
         graph = self._graphs.get(key)
+        if graph is not None and not graph.trains_the_same():  # frozen since, or not any more
+            for parameter in graph.trained:
+                parameter.grad = None
+            self._graphs.clear()
+            graph = None
         if graph is not None or self._gave_up:
             return graph
         if len(self._graphs) == _MOST_SIGNATURES:
@@ -177,7 +211,7 @@ class CompiledObjective(nn.Module):
         try:
             graph = self._graphs[key] = make_graph(
                 self.objective,
-                self._numbers_of(kl_weight, batch),
+                self._numbers_of(self._weight(1.0), batch),
                 batch,
                 self._free_size(batch),
                 self.backend,
@@ -187,6 +221,22 @@ class CompiledObjective(nn.Module):
                 raise
             self._give_up(str(error))
         return graph
+
+    def _place(self) -> torch.device:
+        return self.objective.guide.location_parameters()[0].device
+
+    def _weight(self, kl_weight: float | Tensor) -> Tensor:
+        """As a graph takes it, which would misread any other: a double where the parameters are."""
+        device = self._place()
+        if not (
+            isinstance(kl_weight, Tensor)
+            and kl_weight.dtype == torch.float64
+            and kl_weight.device == device
+            and kl_weight.dim() == 0
+        ):
+            check_weight("kl_weight", kl_weight)
+            kl_weight = torch.as_tensor(kl_weight, dtype=torch.float64, device=device)
+        return kl_weight
 
     def _numbers_of(self, kl_weight: Tensor, batch: tuple[Any, ...]) -> Numbers:
         """What the graph of a batch, which stands for itself alone, is given."""
@@ -219,7 +269,7 @@ class CompiledObjective(nn.Module):
 
     def _signature(self, batch: tuple[Any, ...]) -> Any:
         leaves, spec = tree_flatten(batch)
-        device = self.objective.guide.location_parameters()[0].device.type
+        device = self._place().type
         free = self._free_size(batch)
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         return (

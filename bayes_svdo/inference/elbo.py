@@ -20,10 +20,12 @@ from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match, check_site_shape, warn_if_nan
 from torch import Tensor
 from torch.distributions import kl_divergence
+from torch.utils._pytree import tree_leaves
 
 from bayes_svdo._names import closest
 from bayes_svdo.distributions.undrawn import LocalReparameterization, Reuse, WeightReused
 from bayes_svdo.inference.arguments import check_count, check_weight
+from bayes_svdo.inference.surroundings import random_numbers_kept
 from bayes_svdo.models.bayesian_network import BayesianNetwork, noisy_outputs
 
 
@@ -124,7 +126,8 @@ class TraceAnalyticKL_ELBO(TraceMeanField_ELBO):
         vectorized = self.vectorize_particles and self.num_particles > 1
         if vectorized:
             if self.max_plate_nesting == float("inf"):
-                self._guess_max_plate_nesting(model, guide, args, kwargs)
+                with random_numbers_kept(_device_of((args, kwargs))):
+                    self._guess_max_plate_nesting(model, guide, args, kwargs)
             terms = self._noisy_particles(model, guide, args, kwargs)
             if terms is not None:
                 return terms
@@ -262,6 +265,11 @@ class TraceAnalyticKL_ELBO(TraceMeanField_ELBO):
             )
         total: Tensor = scale_and_mask(kl, scale=guide_site["scale"], mask=guide_site["mask"]).sum()
         return total
+
+
+def _device_of(values: Any) -> torch.device:
+    found = [leaf.device for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+    return next((device for device in found if device.type != "cpu"), torch.device("cpu"))
 
 
 def _sum(terms: dict[str, Tensor], like: dict[str, Tensor]) -> Tensor:

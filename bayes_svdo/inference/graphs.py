@@ -50,12 +50,20 @@ class Graph(NamedTuple):
         run: ``(*state, kl_weight, data_weight, scale, *tensors)`` to loss, terms, score and
             gradients.
         trained: The parameters that get a gradient.
-        state: They, all other parameters, and buffers, which may be written to.
+        frozen: All other parameters.
+        state: The trained and the frozen ones, and buffers, which may be written to.
     """
 
     run: Callable[..., Any]
     trained: list[Tensor]
+    frozen: list[Tensor]
     state: list[Tensor]
+
+    def trains_the_same(self) -> bool:
+        """Whether all that get a gradient want one, and no others."""
+        return all(value.requires_grad for value in self.trained) and not any(
+            value.requires_grad for value in self.frozen
+        )
 
     def evaluate(self, numbers: Numbers, leaves: list[Any]) -> tuple[Tensor, Tensor, Tensor, Any]:
         """Loss, terms, score, and the list of gradients."""
@@ -92,8 +100,8 @@ def make_graph(
     """
     parameters: dict[str, Tensor] = dict(objective.named_parameters())
     trained = {name: value for name, value in parameters.items() if value.requires_grad}
-    fixed = {name: value for name, value in parameters.items() if not value.requires_grad}
-    fixed |= dict(objective.named_buffers())
+    frozen = {name: value for name, value in parameters.items() if not value.requires_grad}
+    fixed = frozen | dict(objective.named_buffers())
     leaves, spec = tree_flatten(batch)
 
     def run(*inputs: Tensor) -> list[Tensor]:
@@ -124,15 +132,6 @@ def make_graph(
                 _allow_non_fake_inputs=True,
             )
             graph = trace(*state, *inputs)
-        with (
-            pyro_checks(structure=False),
-            warnings.catch_warnings(),
-            _autocast_traced(numbers.scale.device.type),
-        ):
-            # The checks are put back, which torch.compile turns off for good; and of what torch
-            # will give up its users need not hear.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            compiled = _compiled(graph, state, inputs, backend)
     except UntraceableError:
         raise
     except Exception as error:
@@ -141,23 +140,43 @@ def make_graph(
             "  Try compile=False, or a model whose control flow does not depend on the values "
             "of data or weights."
         ) from error
-    return Graph(compiled, list(trained.values()), state)
+    with (
+        pyro_checks(structure=False),
+        warnings.catch_warnings(),
+        _autocast_traced(numbers.scale.device.type),
+    ):
+        # The checks are put back, which torch.compile turns off for good; and of what torch
+        # will give up its users need not hear.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            compiled = _compiled(graph, state, inputs, backend)
+        except Exception as error:
+            raise UntraceableError(
+                f"the objective's graph cannot be made machine code: {type(error).__name__}: "
+                f"{error}\n  Try compile=False; or, if a compilation was interrupted, to delete "
+                "what is in the folder that TORCHINDUCTOR_CACHE_DIR names (if it is not set: "
+                "torchinductor_<user>, where temporary files are)."
+            ) from error
+    return Graph(compiled, list(trained.values()), list(frozen.values()), state)
 
 
 def _try(objective: Objective, batch: tuple[Any, ...], fixed: dict[str, Tensor]) -> None:
-    """Run once as it is: a weight that is used twice is found, and sites get their names.
+    """Run as it is: a weight that is used twice is found, and sites get their names.
 
     torch's random numbers and buffers stay as they were.
 
     Raises:
         UntraceableError: A graph would hold constants in place of what changes from step to step:
-            parameters of Pyro's store, or random numbers that are not torch's.
+            parameters of Pyro's store, random numbers that are not torch's, counters.
     """
-    copies = {name: value.detach().clone() for name, value in fixed.items()}
     device = objective.guide.location_parameters()[0].device
     before = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with random_numbers_kept(device):
-        check_parameters(objective, batch, copies, error=UntraceableError)
+    losses = []
+    for _ in range(3):  # the first may find weights that are used twice, and start again
+        copies = {name: value.detach().clone() for name, value in fixed.items()}
+        with random_numbers_kept(device):
+            value = check_parameters(objective, batch, copies, error=UntraceableError)
+        losses.append(float(value.loss))
     after = random.getstate(), np.random.get_state()  # noqa: NPY002
     for name, one, other in zip(("random", "numpy.random"), before, after, strict=True):
         if repr(one) != repr(other):
@@ -165,6 +184,13 @@ def _try(objective: Objective, batch: tuple[Any, ...], fixed: dict[str, Tensor])
                 f"the objective draws random numbers from {name}, which would be the same in "
                 "every step of a graph.\n  Try compile=False, or torch's random numbers."
             )
+    coarse = torch.is_autocast_enabled(device.type)  # a GPU sums in any order
+    if abs(losses[1] - losses[2]) > (1e-2 if coarse else 1e-4) * abs(losses[1]):
+        raise UntraceableError(
+            f"the objective is {losses[1]:.7g} and then {losses[2]:.7g} for one batch and the same "
+            "of torch's random numbers: it draws others, or changes from call to call, and a graph "
+            "would repeat what it saw.\n  Try compile=False, or torch's random numbers."
+        )
 
 
 def _apart(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -270,8 +296,8 @@ def _without_onednn() -> Iterator[None]:
 def _reason(error: Exception) -> str:
     """What went wrong, and the line of the user's own code that led there."""
     what = f"{type(error).__name__}: {error}"
-    if isinstance(error, DataDependentOutputException):
-        what = "a value is read back from a tensor"
+    if isinstance(error, DataDependentOutputException) or "SymInt" in what:
+        what = 'a value is read back from a tensor ("for i in pyro.plate" does so, "with" does not)'
     library = tuple(path for module in (torch, pyro, bayes_svdo) for path in module.__path__)
     lines = [
         f'\n  at line {frame.lineno} of "{frame.filename}": {frame.line}'

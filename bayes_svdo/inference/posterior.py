@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -421,7 +422,9 @@ def dtype_hint(x: Any, dtype: torch.dtype) -> str:
 def local_parameters() -> Iterator[None]:
     """An empty parameter store for the time being: modules keep their own parameters.
 
-    In Pyro's global store two guides of the same class would share parameters by name.
+    In Pyro's global store two guides of the same class would share parameters by name. That frozen
+    ones are not in the store, of which Pyro warns, is as it should be.
     """
-    with pyro.get_param_store().scope():
+    with pyro.get_param_store().scope(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"\S+ was not registered in the param store because req")
         yield

@@ -6,10 +6,12 @@ import math
 import re
 import shutil
 
+import pyro
 import pytest
 import torch
+from pyro import distributions as dist
 
-from bayes_svdo import AdditiveNoiseGuide, BayesianNetwork, TraceAnalyticKL_ELBO, fit
+from bayes_svdo import AdditiveNoiseGuide, BayesianNetwork, LogUniform, TraceAnalyticKL_ELBO, fit
 from bayes_svdo.inference import compiled as module
 from bayes_svdo.inference.compiled import UntraceableError, compile_objective, wants_compilation
 from bayes_svdo.inference.graphs import make_graph
@@ -164,6 +166,89 @@ def test_what_is_changed_afterwards_is_seen(
     if isinstance(kl_weight, torch.Tensor):
         kl_weight.fill_(3.0)
         check_same_as_eager(compiled, X, Y)
+
+
+@pytest.mark.parametrize(
+    "weight", [0.5, 1, torch.tensor(0.5), torch.tensor(1), torch.tensor(0.5, dtype=torch.float16)]
+)
+def test_the_weight_may_be_any_number(weight, make_compiled, evaluate):
+    """A graph reads eight bytes, whatever it is given."""
+    compiled = make_compiled(dense((64, 20, 10)), backend="aot_eager")
+    exact = torch.tensor(float(weight), dtype=torch.float64)
+    expected, gradients = evaluate(compiled.objective, exact, X, Y)
+    found, others = evaluate(compiled, weight, X, Y)
+    torch.testing.assert_close(found.loss, expected.loss)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[f"objective.{name}"], gradient)
+
+
+@pytest.mark.parametrize(
+    ("weight", "error"),
+    [(torch.ones(1), TypeError), ("1", TypeError), (-1.0, ValueError), (math.nan, ValueError)],
+)
+@pytest.mark.usefixtures("traced_only")
+def test_no_other_weight_is_taken(weight, error, make_compiled):
+    compiled = make_compiled(dense((64, 20, 10)))
+    for call in (compiled, compiled.set_gradients):
+        with local_parameters(), pytest.raises(error, match="kl_weight must be"):
+            call(weight, X, Y)
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_a_parameter_may_be_frozen_and_freed_again(make_compiled, check_same_as_eager):
+    compiled = make_compiled(dense((64, 20, 10)))
+    bias = compiled.objective.model.net.fc1.bias
+    for trained in (True, False, True):
+        bias.requires_grad_(trained)
+        with local_parameters():
+            compiled.set_gradients(FULL, X, Y)
+        assert (bias.grad is not None) == trained
+        check_same_as_eager(compiled, X, Y)
+    assert len(compiled._graphs) == 1
+
+
+def hand_written(x, y):
+    w = pyro.sample("w", LogUniform().expand([64]).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_a_guide_that_has_not_been_called_is_set_up(check_same_as_eager):
+    guide = AdditiveNoiseGuide(hand_written)
+    with pytest.raises(ValueError, match=r"guide has no parameters(.|\n)*with a batch of the data"):
+        compile_objective(TraceAnalyticKL_ELBO(), hand_written, guide)
+    compiled = compile_objective(TraceAnalyticKL_ELBO(), hand_written, guide, X, Y.float())
+    assert len(list(compiled.parameters())) == 2
+    check_same_as_eager(compiled, X, Y.float())
+
+
+def test_elbo_model_and_guide_are_checked():
+    guide = AdditiveNoiseGuide(hand_written)
+    stock = pyro.infer.TraceMeanField_ELBO()
+    automatic = pyro.infer.autoguide.AutoNormal(hand_written)
+    for arguments, name in (
+        ((stock, hand_written, guide), "elbo must be of the type TraceAnalyticKL_ELBO"),
+        ((TraceAnalyticKL_ELBO(), hand_written, automatic), "guide must be of the type Additive"),
+        ((TraceAnalyticKL_ELBO(), "net", guide), "model must be a Pyro model"),
+    ):
+        with pytest.raises(TypeError, match=name):
+            compile_objective(*arguments, X, Y.float())
+
+
+@pytest.mark.usefixtures("traced_only")
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_several_particles_take_the_same_random_numbers_compiled(vectorize):
+    ends = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        model = BayesianNetwork(dense((64, 8, 10)), Categorical(), num_data=30)
+        elbo = TraceAnalyticKL_ELBO(num_particles=3, vectorize_particles=vectorize)
+        posterior = fit(
+            model, (X, Y), elbo=elbo, epochs=3, lr=0.02, compile=compile, seed=3, progress=False
+        )
+        ends.append(posterior.history.column("objective"))
+    assert ends[1] == pytest.approx(ends[0], rel=1e-6)
 
 
 @pytest.mark.usefixtures("traced_only")

@@ -197,7 +197,7 @@ def test_decompositions_are_exact_to_rounding(dtype, beta):
 
 def test_control_flow_that_depends_on_values_is_named(make_compiled, branching):
     with pytest.raises(UntraceableError, match=r"cannot be compiled(.|\n)*output\.sum\(\) > 0"):
-        make_compiled(branching).prepare(FULL, X, Y)
+        make_compiled(branching).prepare(X, Y)
 
 
 class Foreign(nn.Module):
@@ -217,7 +217,52 @@ class Foreign(nn.Module):
 )
 def test_random_numbers_that_a_graph_would_freeze_are_refused(draw, name, make_compiled):
     with pytest.raises(UntraceableError, match=f"draws random numbers from {name}, which"):
-        make_compiled(Foreign(draw)).prepare(FULL, X, Y)
+        make_compiled(Foreign(draw)).prepare(X, Y)
+
+
+class Counting:
+    """Doubles what it gives with every call."""
+
+    def __init__(self):
+        self.value = 1.0
+
+    def __call__(self):
+        self.value *= 2.0
+        return self.value
+
+
+@pytest.mark.parametrize(
+    "draw", [np.random.default_rng(0).normal, random.Random(0).random, Counting()]
+)
+def test_what_differs_from_call_to_call_is_refused(draw, make_compiled):
+    with pytest.raises(UntraceableError, match=r"draws others, or changes(.|\n)*compile=False"):
+        make_compiled(Foreign(draw)).prepare(X, Y)
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_a_weight_that_turns_out_to_be_used_twice_is_no_change(make_compiled):
+    make_compiled(Twice()).prepare(X, Y)
+
+
+def test_a_sequential_plate_is_named():
+    def model(x, y):
+        w = pyro.sample("w", LogUniform().expand([64]).to_event(1))
+        for i in pyro.plate("data", len(x)):
+            pyro.sample(f"y{i}", dist.Normal(x[i] @ w, 1.0), obs=y[i])
+
+    guide = AdditiveNoiseGuide(model)
+    with pytest.raises(UntraceableError, match=r'"for i in pyro\.plate" does so'):
+        compile_objective(TraceAnalyticKL_ELBO(), model, guide, X[:3], Y[:3].float())
+
+
+def test_what_the_compiler_cannot_do_is_told_from_what_cannot_be_traced(monkeypatch, make_compiled):
+    def broken(*_):
+        raise ImportError("main.so: file too short")
+
+    monkeypatch.setattr(graphs, "_compiled", broken)
+    message = r"machine code: ImportError: main.so: file too(.|\n)*TORCHINDUCTOR_CACHE_DIR"
+    with pytest.raises(UntraceableError, match=message):
+        make_compiled(dense((64, 20, 10))).prepare(X, Y)
 
 
 def test_parameters_that_a_graph_would_freeze_are_refused():

@@ -534,3 +534,12 @@ def test_precisions_on_a_gpu(precision: str) -> None:
 def test_a_hand_written_model_trains_on_a_gpu(model: Any) -> None:
     posterior = quick(model, (X_SPARSE, Y_SPARSE), device="cuda", epochs=2, batch_size=200)
     assert posterior.device.type == "cuda"
+
+
+def test_a_frozen_point_estimate_stays_without_a_word() -> None:
+    """Pyro would warn that it is not in its store; here warnings are errors."""
+    model = classifier()
+    model.net[0].bias.requires_grad_(False)
+    posterior = quick(model)
+    assert torch.equal(posterior.model.net[0].bias, model.net[0].bias)
+    assert not torch.equal(posterior.model.net[2].bias, model.net[2].bias)
