@@ -239,10 +239,10 @@ def fit_vdard_regression(
         run = _run(problems, names, method, max_iter, rate * num_data)
         if method == "alternating":
             run = _pruned(problems, run)
+    with torch.no_grad():  # not inference mode: users may go on with autograd
         found = _best(problems, data, run, num_data if fit_intercept else None)
-    # Cloned outside of inference mode: a user may go on with autograd.
     batch = x.shape[1:-2]
-    shaped = {name: value.clone().view((*batch, *value.shape[1:])) for name, value in found.items()}
+    shaped = {name: value.view((*batch, *value.shape[1:])) for name, value in found.items()}
     for name in ("loc", "log_alpha", "sigma2", "relevance", "x_mean"):
         shaped[name] = shaped[name][..., :dim]  # a problem without features was given one
     return VDARDRegression(
@@ -296,12 +296,13 @@ def _run(
             trace += [(index, elbo) for elbo in objectives]
         if learns_noise:
             check_noise(problems, state, index, num)
-        live = ~finished.all(-1)
-        num_live = int(live.sum())
-        if num_live <= len(live) // 2:  # so that a few slow problems do not hold up the others
+        if finished.all():
             run.store(index, state, n_iter, finished)
-            if num_live == 0:
-                return run._replace(trace=_joined(trace))
+            return run._replace(trace=_joined(trace))
+        live = ~finished.all(-1)
+        # So that a few slow problems do not hold up the others.
+        if len(live) > 1 and int(live.sum()) <= len(live) // 2:
+            run.store(index, state, n_iter, finished)
             problems, index, n_iter = problems.take(live), index[live], n_iter[live]
             state = State(*(field[live] for field in state))
             finished = finished[live]
@@ -354,5 +355,5 @@ def _best(
         "n_iter": n_iter,
         "converged": converged,
         "start_elbo": start_elbo,
-        "x_mean": data.x_mean,
+        "x_mean": data.x_mean.clone(),
     }

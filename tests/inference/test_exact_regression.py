@@ -323,6 +323,8 @@ def test_results_can_go_on_with_autograd_and_inputs_are_left_alone(problem) -> N
     x_before, y_before = x.clone(), y.clone()
     fit = fit_vdard_regression(x.requires_grad_(), y)
     assert not fit.loc.requires_grad
+    tensors = [value for value in vars(fit).values() if isinstance(value, torch.Tensor)]
+    assert not any(value.is_inference() for value in tensors)
     (fit.loc.clone().requires_grad_() ** 2).sum().backward()
     assert torch.equal(x.detach(), x_before)
     assert torch.equal(y, y_before)
