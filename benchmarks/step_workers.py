@@ -159,9 +159,10 @@ class Worker:
         return milliseconds, others
 
     def ask(self, request: str | Limit) -> float:
-        """Have it measure the memory of a step, or the machine's limit."""
+        """Have it measure the memory of a step, or the machine's limit; NaN if that kills it."""
         self._pipe.send(request)
-        return float(self._answer())
+        answer = self._answer()
+        return math.nan if isinstance(answer, dict) else float(answer)
 
     def _answer(self) -> Any:
         try:
