@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence, Sized
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,8 @@ from torch.utils.data import (
 )
 
 from bayes_svdo.inference.arguments import check_count
+from bayes_svdo.inference.devices import Ranks
+from bayes_svdo.inference.sharing import SharedLoader
 
 Data = tuple[Any, Any] | Dataset[Any] | DataLoader[Any]
 
@@ -45,6 +47,15 @@ class Batches(ABC):
 
     num_data: int | None
     targets: Tensor | None
+
+    @abstractmethod
+    def share(self, ranks: Ranks, seed: int) -> None:
+        """Give each rank its part of every epoch, all of one length: some data may come twice.
+
+        Args:
+            ranks: This one, and all others.
+            seed: Of the order, the same on all ranks.
+        """
 
     @abstractmethod
     def __len__(self) -> int:
@@ -89,15 +100,9 @@ class TensorBatches(Batches):
         self._rank, self._ranks = 0, 1
         self._generator: torch.Generator | None = None
 
-    def share(self, rank: int, ranks: int, seed: int) -> None:
-        """Give each rank its part of every epoch, all of one length: some data may come twice.
-
-        Args:
-            rank: This one.
-            ranks: Number of them.
-            seed: Of the order, the same on all ranks.
-        """
-        self._rank, self._ranks = rank, ranks
+    def share(self, ranks: Ranks, seed: int) -> None:
+        """Every R-th of a shuffled epoch is a rank's."""
+        self._rank, self._ranks = ranks.rank, ranks.count
         self._generator = torch.Generator(self.targets.device)
         self._generator.manual_seed(seed)
 
@@ -114,8 +119,8 @@ class TensorBatches(Batches):
         if self.shuffle:
             where = self.targets.device
             order = torch.randperm(self.num_data, device=where, generator=self._generator)
-            missing = self._part * self._ranks - self.num_data
-            order = torch.cat((order, order[:missing]))[self._rank :: self._ranks]
+            places = torch.arange(self._rank, self._part * self._ranks, self._ranks, device=where)
+            order = order[places % self.num_data]
         for start in range(0, self._part, self.batch_size):
             rows = slice(start, start + self.batch_size)
             yield self._batch(rows if order is None else order[rows])
@@ -149,6 +154,7 @@ class LoaderBatches(Batches):
         dtype: What floating-point tensors are converted to; as they are if None.
         name: What to call the data in error messages.
         num_data: Number of data points, for a loader that cannot tell.
+        pins: Whether what goes to a GPU is pinned, which a user's loader does if it is told to.
 
     Raises:
         ValueError: An epoch has no batch.
@@ -161,14 +167,18 @@ class LoaderBatches(Batches):
         dtype: torch.dtype | None,
         name: str,
         num_data: int | None = None,
+        pins: bool = False,
     ) -> None:
         self.loader, self.device, self.dtype, self.name = loader, device, dtype, name
+        self._read: Iterable[Any] = loader
+        self._pins = pins and device.type == "cuda"
         self.num_data = _num_data(loader)
         self.targets = None
         dataset = loader.dataset
         if isinstance(dataset, TensorDataset) and loader.collate_fn is default_collate:
             self.targets = _dataset_tensors(dataset, name)[-1]
-        self._length = self._count(self.num_data if num_data is None else num_data)
+        self._known_num_data = self.num_data if num_data is None else num_data
+        self._length = self._count(self._known_num_data)
         if self._length == 0:
             raise ValueError(
                 f"{name} gives no batches: {self.num_data} data points, batch size "
@@ -197,7 +207,7 @@ class LoaderBatches(Batches):
         return self._length
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        for batch in self.loader:
+        for batch in self._read:
             if not isinstance(batch, (tuple, list)):
                 raise TypeError(
                     f"{self.name} must give pairs (x, y), but gives a {type(batch).__name__}."
@@ -209,13 +219,32 @@ class LoaderBatches(Batches):
     def _move(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
+        if self._pins and value.device.type == "cpu":  # else the copy would wait
+            value = value.pin_memory()
         dtype = self.dtype if value.is_floating_point() else None
         return value.to(self.device, dtype, non_blocking=True)
 
-    def share(self, loader: Any) -> None:
-        """Read the part of a rank: ``loader`` is this one with a sampler for it."""
-        self.loader = loader
-        self._length = self._length if self._length is None else len(loader)
+    def share(self, ranks: Ranks, seed: int) -> None:
+        """See :class:`~bayes_svdo.inference.sharing.SharedLoader`.
+
+        Raises:
+            ValueError: A rank would have no batch, or the data are shared already, among others.
+        """
+        shared = SharedLoader(self.loader, ranks, seed, self.name, self._known_num_data)
+        self._read, self.loader = shared, shared.loader
+        if self._length is None:
+            return
+        # A stream tells the length of all of it, if any.
+        self._length = -(-self._length // ranks.count)
+        if not isinstance(self.loader.dataset, IterableDataset):
+            with suppress(TypeError):
+                self._length = len(self.loader)
+        if self._length == 0:
+            raise ValueError(
+                f"{self.name} gives no batches on {ranks.count} devices: each has one part of "
+                f"{ranks.count} of {self.num_data} data points, batch size "
+                f"{self.loader.batch_size}, drop_last={self.loader.drop_last}."
+            )
 
     def first(self) -> tuple[Any, ...]:
         """A batch of the loader.
@@ -224,8 +253,10 @@ class LoaderBatches(Batches):
             ValueError: It gives none.
         """
         loader = self.loader
-        generators = {id(g): g for g in (loader.generator, getattr(loader.sampler, "generator", 0))}
-        with torch.random.fork_rng(devices=[]), _restored(list(generators.values())):
+        samplers = (loader.sampler, getattr(loader.batch_sampler, "sampler", None))
+        drawn_from = (loader.generator, *(getattr(s, "generator", None) for s in samplers))
+        generators = list({id(g): g for g in drawn_from}.values())
+        with torch.random.fork_rng(devices=[]), _restored(generators):
             for batch in self:
                 return batch
         raise ValueError(f"{self.name} gives no batches.")
@@ -238,8 +269,10 @@ class LoaderBatches(Batches):
             return None
         if self.loader.drop_last:
             return size
-        sampler = self.loader.sampler
-        return len(sampler) % size or size if isinstance(sampler, Sized) else None
+        try:
+            return len(self.loader.sampler) % size or size  # type: ignore[arg-type]
+        except TypeError:
+            return None
 
     def can_be_all_of(self, num_data: int, seen: int) -> bool:
         """What an epoch drops, or draws again, is allowed for."""
@@ -306,7 +339,7 @@ def make_batches(
         dataset: Any = data
         size = _check_batch_size(batch_size, len(dataset), name)
         loader: DataLoader[Any] = DataLoader(data, batch_size=size, shuffle=shuffle)
-        return LoaderBatches(loader, device, dtype, name, num_data)
+        return LoaderBatches(loader, device, dtype, name, num_data, pins=True)
     else:
         raise TypeError(
             f"{name} must be a pair of tensors (x, y), a map-style Dataset or a DataLoader, but is "

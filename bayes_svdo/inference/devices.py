@@ -10,6 +10,7 @@ import os
 from inspect import signature
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins import MixedPrecision
@@ -105,6 +106,18 @@ def is_first_rank() -> bool:
     return bool(distributed.get_rank() == 0)
 
 
+def seed_of(seed: int, stream: int) -> int:
+    """A seed for a stream of random numbers that has nothing in common with others.
+
+    Those of a seed's streams, and those of consecutive seeds, are independent. The 0th is the
+    seed's own.
+    """
+    if stream == 0:
+        return seed
+    mixed = np.random.SeedSequence(seed % 2**64, spawn_key=(stream,))
+    return int(mixed.generate_state(1, np.uint64)[0])
+
+
 class Ranks:
     """What the processes of a run tell each other; of one alone, nothing."""
 
@@ -126,9 +139,20 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether it is so on some rank."""
+        return bool(self.where(flag))
+
+    def where(self, flag: bool) -> list[int]:
+        """The ranks on which it is so."""
         if self.count == 1:
-            return flag
-        return bool(self.total(torch.tensor(float(flag), device=self._fabric.device)) > 0)
+            return [0] if flag else []
+        flags = torch.zeros(self.count, device=self._fabric.device)
+        flags[self.rank] = float(flag)
+        ranks: list[int] = self.total(flags).nonzero().flatten().tolist()
+        return ranks
+
+    def equal(self, value: Any) -> bool:
+        """Whether all ranks have the same value."""
+        return not self.any(value != self.agree(value))
 
     def _reduced(self, values: torch.Tensor, how: str) -> torch.Tensor:
         if self.count == 1:

@@ -30,7 +30,7 @@ from bayes_svdo.inference.checks import (
 )
 from bayes_svdo.inference.compiled import CompiledObjective, wants_compilation
 from bayes_svdo.inference.data_sites import check_scale
-from bayes_svdo.inference.devices import Ranks, make_fabric
+from bayes_svdo.inference.devices import Ranks, make_fabric, seed_of
 from bayes_svdo.inference.elbo import TraceAnalyticKL_ELBO
 from bayes_svdo.inference.guide import AdditiveNoiseGuide
 from bayes_svdo.inference.objective import Objective
@@ -157,7 +157,7 @@ def fit(
         stack.enter_context(torch.enable_grad())
         if ranks.count > 1:  # the same order of the data everywhere, and noise of their own
             order = ranks.agree(seed if seed is not None else int(torch.randint(2**62, ())))
-            seed = (order + ranks.rank) % 2**63
+            seed = seed_of(order, ranks.rank)
         stack.enter_context(random_state(seed, where))
         stack.enter_context(local_parameters())
         stack.enter_context(denormals_flushed(where))
@@ -171,10 +171,7 @@ def fit(
         num_data = model.num_data if isinstance(model, BayesianNetwork) else batches.num_data
         objective = Objective(model, guide, elbo, scale=1 / (num_data or 1))
         if ranks.count > 1:
-            if isinstance(batches, TensorBatches):
-                batches.share(ranks.rank, ranks.count, order % 2**63)
-            elif isinstance(batches, LoaderBatches):
-                batches.share(fabric.setup_dataloaders(batches.loader, move_to_device=False))
+            batches.share(ranks, seed_of(order, ranks.count))  # a stream that no rank has
             freeze_unused(objective, first)
         compiled = wants_compilation(
             compile,

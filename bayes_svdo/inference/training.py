@@ -183,9 +183,27 @@ class TrainingRun:
         self.steps = len(record)
         self.steps_done += len(record)
         self._average_statistics()
-        terms = self.ranks.mean(torch.stack(record))
-        score = self.ranks.mean(score / sum(sizes))
-        return self._row(epoch, terms, score, sizes, started)
+        return self._row(epoch, *self._averages(record, score, sizes), started)
+
+    def _averages(
+        self, record: Sequence[Tensor], score: Any, sizes: Sequence[int]
+    ) -> tuple[list[float], Tensor]:
+        """The epoch's terms and score over the data points of all ranks.
+
+        Each step's terms stand for all data: a smaller batch says less of them.
+        """
+        device = record[0].device
+        weights = torch.tensor(sizes, dtype=torch.float64, device=device)
+        sums = torch.cat(
+            [
+                (weights[:, None] * torch.stack(list(record))).sum(0),
+                torch.as_tensor(score, dtype=torch.float64, device=device)[None],
+                weights.sum()[None],
+            ]
+        )
+        averages = self.ranks.total(sums)
+        averages = averages[:-1] / averages[-1]
+        return averages[:-1].tolist(), averages[-1]
 
     @torch.no_grad()
     def _average_statistics(self) -> None:
@@ -284,18 +302,11 @@ class TrainingRun:
         return self.kl_weight >= 1.0
 
     @torch.no_grad()
-    def _row(
-        self, epoch: int, record: Tensor, score: Any, sizes: Sequence[int], started: float
-    ) -> Row:
+    def _row(self, epoch: int, terms: list[float], score: Tensor, started: float) -> Row:
         posterior, num_data = self.posterior, self.num_data or 1
         if self.prune_while_training and self._has_full_weight(epoch):
             posterior.guide.prune_(posterior.threshold)
-        # Each step's terms stand for all data: a smaller batch says less of them.
-        weights = torch.tensor(sizes, dtype=torch.float64, device=record.device)
-        average = (weights[:, None] * record).sum(0) / weights.sum()
-        means = dict(
-            zip(("", *self.core.observed, *self.core.latent), average.tolist(), strict=True)
-        )
+        means = dict(zip(("", *self.core.observed, *self.core.latent), terms, strict=True))
         row: Row = {
             "epoch": epoch,
             "step": self.steps_done,

@@ -1,6 +1,6 @@
 """Started once per rank by test_devices.py: fits, and writes what each rank found.
 
-python ranks_script.py FOLDER [--brief]
+python ranks_script.py FOLDER [--brief | --data]
 """
 
 from __future__ import annotations
@@ -8,11 +8,25 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SubsetRandomSampler,
+)
 
 from bayes_svdo import AdditiveNoiseGuide, BayesianNetwork, TraceAnalyticKL_ELBO, fit
 from bayes_svdo.inference import graphs
@@ -72,7 +86,7 @@ def experiments(ranks: int, rank: int, brief: bool) -> dict[str, Any]:
     draws: list[float] = []
     noisy = quick(
         *model(log_sigma2=-2.0), ranks, epochs=40, prune_while_training=True,
-        kl_warmup=(0.0, 0.1), callbacks=[lambda end: draws.append(float(torch.rand(())))],
+        kl_warmup=(0.0, 0.1), callbacks=[partial(draw, draws)],
     )  # fmt: skip
     found["noisy"], found["draws"] = parameters(noisy), draws
     found["pruned"] = sum(int((v == torch.inf).sum()) for v in noisy.log_alpha().values())
@@ -85,7 +99,7 @@ def experiments(ranks: int, rank: int, brief: bool) -> dict[str, Any]:
     ended = quick(*model(), ranks, callbacks=[lambda end: rank == ranks - 1 and end.epoch == 2])
     found["ended after"] = len(ended.history)
 
-    loader = torch.utils.data.DataLoader(
+    loader = DataLoader(
         torch.utils.data.TensorDataset(X, Y), batch_size=NUM_DATA // ranks, shuffle=True
     )
     lifted, guide = model()
@@ -120,11 +134,136 @@ def mean_gradient(ranks: int, rank: int) -> list[list[float]]:
     return [values.mean(0).tolist(), (values.std(0) / DRAWS**0.5).tolist()]
 
 
+# --- data that come as no tensors -------------------------------------------------------------
+
+
+class Points(Dataset[Any]):
+    """Some of the data; remembers which were asked for."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.seen = number, list[int]()
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        self.seen.append(int(index))
+        return X[index], Y[index]
+
+
+class Stream(IterableDataset[Any]):
+    """Data points of a rank, a new order each epoch if it has random numbers."""
+
+    def __init__(self, points: Any, generator: torch.Generator | None = None) -> None:
+        self.points, self.generator = list(points), generator
+
+    def __iter__(self) -> Iterator[Any]:
+        places: Any = range(len(self.points))
+        if self.generator is not None:
+            places = torch.randperm(len(self.points), generator=self.generator).tolist()
+        for place in places:
+            yield X[self.points[place]], Y[self.points[place]]
+
+
+class SizedStream(Stream):
+    """Tells how many points all ranks together have."""
+
+    def __len__(self) -> int:
+        return 21
+
+
+class OwnBatches(BatchSampler):
+    """A user's own: what it puts together stays together."""
+
+
+class OwnSampler(Sampler[int]):
+    """A user's own order."""
+
+    def __init__(self, random: Any) -> None:
+        self.random = random
+
+    def __len__(self) -> int:
+        return 21
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.random.permutation(21))
+
+
+def read(data: Any, points: Points | None = None, num_data: int = 21, **settings: Any) -> Any:
+    """Which points a rank trains on, epoch by epoch; or why it refuses to."""
+    marks: list[int] = []
+    torch.manual_seed(0)
+    lifted = BayesianNetwork(nn.Linear(6, CLASSES), Categorical(), num_data)
+    settings = {"epochs": 3, "seed": 0, "compile": False, "device": "cpu"} | settings
+    seen = [] if points is None else points.seen
+
+    def mark(end: Any) -> None:
+        marks.append(len(seen))
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            posterior = fit(lifted, data, progress=False, callbacks=[mark], **settings)
+        except (TypeError, ValueError) as error:
+            return {"error": str(error)}
+    return {
+        "epochs": [seen[a:b] for a, b in pairwise(marks)],
+        "steps": [row["step"] for row in posterior.history],
+        "history": [dict(row) | {"seconds": 0} for row in posterior.history],
+        "parameters": parameters(posterior),
+        "warnings": [text for w in caught if "train" in (text := str(w.message))],
+    }
+
+
+def draw(draws: list[float], end: Any) -> None:
+    draws.append(float(torch.rand(())))
+
+
+def readings(ranks: int, rank: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+
+    def of(name: str, loader: Any, num_data: int = 21, **settings: Any) -> None:
+        points = Points(21)
+        found[name] = read(loader(points), points, num_data, **settings)
+
+    for seed in (0, 1):
+        of(f"Dataset, seed {seed}", lambda points: points, batch_size=5, seed=seed)
+        of(f"loader, seed {seed}", lambda p: DataLoader(p, 5, shuffle=True), seed=seed)
+    of("in order", lambda p: DataLoader(p, 5))
+    of("batch sampler", lambda p: DataLoader(
+        p, batch_sampler=BatchSampler(RandomSampler(p), 5, False)))  # fmt: skip
+    of("own batches", lambda p: DataLoader(
+        p, batch_sampler=OwnBatches(RandomSampler(p), 5, False)))  # fmt: skip
+    of("subset", lambda p: DataLoader(p, 5, sampler=SubsetRandomSampler(range(11))), 11)
+    of("numpy", lambda p: DataLoader(p, 5, sampler=OwnSampler(np.random)))
+    own = np.random.default_rng(rank)
+    of("own numbers", lambda p: DataLoader(p, 5, sampler=OwnSampler(own)))
+    of("distributed", lambda p: DataLoader(p, 5, sampler=DistributedSampler(p, ranks, rank)))
+    of("distributed otherwise", lambda p: DataLoader(
+        p, 5, sampler=DistributedSampler(p, 4, rank)))  # fmt: skip
+
+    part = range(rank, 21, ranks)
+    found["stream"] = read(DataLoader(SizedStream(part), batch_size=4))
+    found["stream of unknown length"] = read(DataLoader(Stream(part), batch_size=4))
+    found["uneven stream"] = read(DataLoader(SizedStream(part), batch_size=10))
+    found["same stream"] = read(DataLoader(Stream(range(21)), batch_size=4))
+    shuffled = SizedStream(range(21), torch.Generator().manual_seed(rank))
+    found["same stream, shuffled"] = read(DataLoader(shuffled, batch_size=4))
+
+    for seed in (0, 1):
+        found[f"draws, seed {seed}"] = draws = list[float]()
+        quick(*model(), ranks, seed=seed, callbacks=[partial(draw, draws)])
+    return found
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     warnings.simplefilter("ignore")
     ranks = Ranks(make_fabric("cpu", None, 1, "32-true"))
-    found = experiments(ranks.count, ranks.rank, "--brief" in sys.argv)
+    if "--data" in sys.argv:
+        found = readings(ranks.count, ranks.rank)
+    else:
+        found = experiments(ranks.count, ranks.rank, "--brief" in sys.argv)
     (folder / f"{ranks.count}-{ranks.rank}.json").write_text(json.dumps(found))
 
 

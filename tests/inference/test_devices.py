@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,20 +16,21 @@ import torch
 from bayes_svdo import fit
 from bayes_svdo.experiments import runs
 from bayes_svdo.inference import devices
-from bayes_svdo.inference.devices import Ranks, is_first_rank, make_fabric
+from bayes_svdo.inference.devices import Ranks, is_first_rank, make_fabric, seed_of
 
 SCRIPT = Path(__file__).parent / "ranks_script.py"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
 BIN = Path(sys.executable).parent
 
 
-def start(*command, **variables):
+def start(*command, timeout=None, **variables):
     """Run a command to its end; one thread per process."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("COV_", "PYTEST_"))}
     environment |= {"OMP_NUM_THREADS": "1", **variables}
     done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, env=environment, check=False
-    )
+        list(map(str, command)),
+        capture_output=True, text=True, env=environment, check=False, timeout=timeout,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -89,6 +91,113 @@ def test_the_command_line_starts_its_own_ranks_and_writes_one_run(tmp_path):
     assert run.posterior.history[-1]["step"] == 4  # 1,437 data points in two parts
 
 
+# --- data that come as no tensors -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def readings(tmp_path_factory):
+    """What two ranks, each, found in a run over data of several kinds."""
+    folder = tmp_path_factory.mktemp("readings")
+    start(*TORCHRUN, SCRIPT, folder, "--data", timeout=120)  # ranks that lose each other hang
+    return results(folder, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("Dataset, seed 0", 21),
+        ("loader, seed 0", 21),
+        ("in order", 21),
+        ("batch sampler", 21),
+        ("subset", 11),
+        ("numpy", 21),
+        ("distributed", 21),
+    ],
+)
+def test_every_point_comes_to_one_rank(readings, name, number):
+    first, second = (each[name] for each in readings)
+    steps = 3 if number == 21 else 2  # of five points and what is left
+    assert first["steps"] == second["steps"] == [steps, 2 * steps, 3 * steps]
+    for mine, theirs in zip(first["epochs"], second["epochs"], strict=True):
+        counts = np.bincount(mine + theirs, minlength=number)
+        assert len(mine) == len(theirs)
+        assert sorted(counts) == [1] * (number - 1) + [2]  # one of them makes parts equal
+    for epochs in (first["epochs"], second["epochs"]):
+        assert (epochs[0] == epochs[1]) == (name == "in order")
+        # No rank has points for itself: by chance for 11 once in 462 pairs of epochs.
+        assert (set(epochs[0]) == set(epochs[1])) == (name == "in order")
+    assert first["parameters"] == second["parameters"]
+    assert first["warnings"] == []
+
+
+@pytest.mark.slow
+def test_batches_that_a_user_puts_together_stay_together(readings):
+    parts = [each["own batches"] for each in readings]
+    assert [part["steps"] for part in parts] == [[3, 6, 9]] * 2
+    for mine, theirs in zip(*(part["epochs"] for part in parts), strict=True):
+        assert theirs[-5:] == mine[:5]  # the first batch again, for as many steps
+        assert sorted(mine + theirs[:-5]) == list(range(21))
+        assert len(mine) == 5 + 5 + 1
+    assert parts[0]["epochs"][0] != parts[0]["epochs"][1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Dataset", "loader"])
+def test_the_order_of_the_data_is_the_seeds(readings, name):
+    for each in readings:
+        orders = [each[f"{name}, seed {seed}"]["epochs"] for seed in (0, 1)]
+        assert orders[0] != orders[1]
+
+
+@pytest.mark.slow
+def test_noise_is_independent_over_ranks_and_consecutive_seeds(readings):
+    draws = [each[f"draws, seed {seed}"] for each in readings for seed in (0, 1)]
+    assert len({value for each in draws for value in each}) == 4 * 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("own numbers", "sampler of train gives another order on each rank.*seeding its own"),
+        ("distributed otherwise", "DistributedSampler of train is for rank . of 4.*of 2.*leaving"),
+    ],
+)
+def test_samplers_that_cannot_be_shared_are_refused_on_all_ranks(readings, name, words):
+    for each in readings:
+        assert re.search(words, each[name]["error"], re.DOTALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "steps", "words"),
+    [
+        ("stream", 3, None),
+        ("stream of unknown length", 3, None),
+        ("uneven stream", 1, "train ended after step 1 of the epoch on rank 1 of 2"),
+        ("same stream", 6, "first batch of train is the same on all ranks.*get_rank"),
+        ("same stream, shuffled", 6, "train holds 21 data points.*have read 42.*get_rank"),
+    ],
+)
+def test_ranks_read_streams_until_one_has_no_more(readings, name, steps, words):
+    first, second = (each[name] for each in readings)
+    assert first["steps"] == second["steps"] == [steps, 2 * steps, 3 * steps]
+    assert first["parameters"] == second["parameters"]
+    assert first["history"] == second["history"]  # though their batches differ in size
+    assert second["warnings"] == []  # the first one speaks, and once
+    assert len(first["warnings"]) == (words is not None)
+    assert words is None or re.search(words, first["warnings"][0], re.DOTALL)
+
+
+def test_streams_of_random_numbers_have_seeds_far_apart():
+    assert seed_of(-3, 0) == -3  # the 0th is what one device has
+    seeds = [seed_of(seed, stream) for seed in range(-5, 50) for stream in range(1, 50)]
+    assert len(set(seeds)) == len(seeds)
+    assert np.median(np.abs(np.diff(seeds))) > 2**61
+    torch.Generator().manual_seed(max(seeds))
+
+
 def test_one_process_needs_no_strategy():
     fabric = make_fabric("cpu", None, 1, "32-true")
     ranks = Ranks(fabric)
@@ -100,6 +209,8 @@ def test_one_process_needs_no_strategy():
     assert ranks.agree("anything") == "anything"
     assert ranks.any(True)
     assert not ranks.any(False)
+    assert (ranks.where(True), ranks.where(False)) == ([0], [])
+    assert ranks.equal("anything")
 
 
 @pytest.mark.parametrize(
