@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 from pathlib import Path
@@ -224,6 +225,9 @@ def _growth(content: dict[str, Any]) -> list[str]:
         ):
             cells = ["-" if fit is None else text(fit) for fit in found]
             lines.append(f"| {title} | {' | '.join(cells)} |")
+        if len(rows) > 1:
+            slopes = [f"{_last_slope(rows, peer):.2f}" for peer in fits]
+            lines.append(f"| exponent between the last two | {' | '.join(slopes)} |")
         memory = [row["peak_bytes_of_a_step"] for row in rows]
         of = {"particles": "step", "draws": "call"}.get(curve["against"])
         if of is not None and None not in memory[0].values():
@@ -236,6 +240,13 @@ def _growth(content: dict[str, Any]) -> list[str]:
                 values = [f"{row['peak_bytes_of_a_step'][peer] / 1e6:.1f}" for peer in fits]
                 lines.append(f"| {row['size']:,} | {' | '.join(values)} |")
     return lines
+
+
+def _last_slope(rows: list[dict[str, Any]], peer: str) -> float:
+    sizes, times = zip(
+        *((row["size"], row["least_milliseconds"][peer]) for row in rows[-2:]), strict=True
+    )
+    return math.log(times[1] / times[0]) / math.log(sizes[1] / sizes[0])
 
 
 def _threads(content: dict[str, Any]) -> list[str]:
