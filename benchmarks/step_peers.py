@@ -285,6 +285,7 @@ def _ours(
     import pyro
 
     from bayes_svdo import AdditiveNoiseGuide, BayesianNetwork, TraceAnalyticKL_ELBO
+    from bayes_svdo.inference.adam import Adam
     from bayes_svdo.inference.compiled import CompiledObjective
     from bayes_svdo.inference.objective import Objective
     from bayes_svdo.inference.posterior import local_parameters
@@ -301,7 +302,7 @@ def _ours(
     weight = torch.ones((), dtype=torch.float64, device=x.device)
     if compiled:
         graph = CompiledObjective(objective)
-        optimizer = torch.optim.Adam(graph.parameters(), lr=LEARNING_RATE, fused=True)
+        optimizer = Adam(graph.parameters(), lr=LEARNING_RATE)
 
         def compiled_step() -> Tensor:
             with _autocast(x, dtype):
@@ -316,11 +317,15 @@ def _ours(
             value: Tensor = objective(weight, x, y).loss
         return value
 
-    step = _stepper(objective, loss)
+    optimizer = Adam(objective.parameters(), lr=LEARNING_RATE)
 
-    def eager_step() -> object:
+    def eager_step() -> Tensor:
+        optimizer.zero_grad()
         with local_parameters():
-            return step()
+            value = loss()
+        value.backward()
+        optimizer.step()
+        return value
 
     return eager_step
 

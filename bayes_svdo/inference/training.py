@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
+from bayes_svdo.inference.adam import Adam
 from bayes_svdo.inference.batches import Batches
 from bayes_svdo.inference.checks import BatchCheck
 from bayes_svdo.inference.compiled import CompiledObjective
@@ -120,7 +121,7 @@ class TrainingRun:
             {"params": others, "lr": lr, "base_lr": lr},
             {"params": sigma, "lr": sigma_lr, "base_lr": sigma_lr},
         ]
-        return torch.optim.Adam(groups, fused=True)
+        return Adam(groups)
 
     def train(self, progress: bool) -> None:
         """All epochs, or until a callback or Ctrl-C ends it."""
