@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -56,12 +57,14 @@ TARGETS = [
 ]
 
 
-def run_peers(device: str, only: tuple[str, int] | None) -> None:
-    """All libraries on all networks, or again on one of them."""
+def run_peers(device: str, only: tuple[str, int] | None, more: bool) -> None:
+    """All libraries on all networks, or again on one of them; in place of what was, or on top."""
     results: list[dict[str, Any]] = []
+    before: list[dict[str, Any]] = []
     if only is not None:
-        results = json.loads(path_of("peers", device).read_text())["results"]
-        results = [result for result in results if (result["network"], result["batch"]) != only]
+        done = json.loads(path_of("peers", device).read_text())["results"]
+        results = [result for result in done if (result["network"], result["batch"]) != only]
+        before = [result for result in done if result not in results and more]
     cases = [(network, size) for network in NETWORKS for size in BATCHES]
     for network, size in [*cases, *EXTRA] if only is None else [only]:
         rounds, processes = FEWER.get(network, ROUNDS), 1
@@ -69,9 +72,28 @@ def run_peers(device: str, only: tuple[str, int] | None) -> None:
             rounds, processes = ROUNDS // 2, PROCESSES
         crowded = device == "cpu" and network in FEWER and size == max(BATCHES)
         peers = ESSENTIAL if crowded else LIBRARIES
-        results.append(compare(peers, Case(network, size, device), rounds, processes))
+        found = compare(peers, Case(network, size, device), rounds, processes)
+        results.append(joined(before[0], found) if before else found)
         save("peers", device, {"results": results, "targets": check_targets(results)})
         print(network, size, results[-1]["median_milliseconds"], results[-1]["missing"], flush=True)
+
+
+def joined(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Two measurements of one case, each of several processes, as one."""
+    times = {
+        peer: values + other["milliseconds"][peer] for peer, values in one["milliseconds"].items()
+    }
+    return other | {
+        "processes": one["processes"] + other["processes"],
+        "milliseconds": times,
+        "median_milliseconds": {peer: median(values) for peer, values in times.items()},
+        "least_milliseconds": {peer: min(values) for peer, values in times.items()},
+        "cores_busy_with_other_work": (
+            one["cores_busy_with_other_work"] * one["processes"]
+            + other["cores_busy_with_other_work"] * other["processes"]
+        )
+        / (one["processes"] + other["processes"]),
+    }
 
 
 def check_targets(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -122,6 +144,7 @@ def main() -> None:
     parser.add_argument("action", choices=actions)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--again", nargs=2, metavar=("NETWORK", "BATCH"), help="of peers, one case")
+    parser.add_argument("--more", action="store_true", help="with --again: as further processes")
     parser.add_argument("--curve", choices=CURVES, help="of growth, one of them again")
     parser.add_argument(
         "--trial", type=Path, metavar="FOLDER",
@@ -135,7 +158,7 @@ def main() -> None:
         write_table(arguments.trial or RESULTS, device)
     elif arguments.action == "peers":
         network, size = arguments.again or ("", 0)
-        run_peers(device, (network, int(size)) if network else None)
+        run_peers(device, (network, int(size)) if network else None, arguments.more)
     elif arguments.action == "growth":
         run_growth(device, arguments.curve)
     elif arguments.action == "threads":
