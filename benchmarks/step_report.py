@@ -9,6 +9,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from step_threads import chosen
+
 # Groups of the profile: the first whose pattern fits an operation has it. A fused kernel's name
 # tells what it does: the KL's has logarithms of |w|.
 REST = "all else: activations, their noise added, the loss, copies, sums"
@@ -265,7 +267,9 @@ def _threads(content: dict[str, Any]) -> list[str]:
         times = row["least_milliseconds"]
         cells = [f"{times[number][peer]:.2f}" for peer in peers for number in numbers]
         lines.append(
-            f"| {row['network']}, {row['batch']} | {row['chosen']} | {' | '.join(cells)} |"
+            f"| {row['network']}, {row['batch']} "
+            f"| {chosen(row['network'], row['batch'], max(content['threads']))} "
+            f"| {' | '.join(cells)} |"
         )
     return lines
 

@@ -32,17 +32,25 @@ def run_threads() -> None:
     rows: list[dict[str, Any]] = []
     for network, size in CASES:
         found = {n: compare(PEERS, Case(network, size, "cpu", threads=n), ROUNDS) for n in numbers}
-        torch.set_num_threads(cores)
-        net, (x, _) = build(network), batch(size, "cpu")
         rows.append(
             {
                 "network": network,
                 "batch": size,
-                "chosen": threads_for(partial(net, x)),
                 "least_milliseconds": {n: found[n]["least_milliseconds"] for n in numbers},
                 "milliseconds": {n: found[n]["milliseconds"] for n in numbers},
                 "cores_busy_with_other_work": found[1]["cores_busy_with_other_work"],
             }
         )
         save("threads", "cpu", {"threads": numbers, "rows": rows})
-        print(network, size, rows[-1]["chosen"], rows[-1]["least_milliseconds"], flush=True)
+        print(network, size, rows[-1]["least_milliseconds"], flush=True)
+
+
+def chosen(network: str, size: int, most: int) -> int:
+    """How many of so many threads `fit` takes."""
+    net, (x, _) = build(network), batch(size, "cpu")
+    before = torch.get_num_threads()
+    torch.set_num_threads(most)
+    try:
+        return threads_for(partial(net, x))
+    finally:
+        torch.set_num_threads(before)

@@ -12,9 +12,9 @@ from torch.utils.flop_counter import flop_registry
 
 from bayes_svdo.inference.arguments import check_count
 
-# Operations (a multiply-add counts as two) of one matrix product that are worth a thread: 50 to 100
+# Operations (a multiply-add counts as two) of one matrix product that are worth a thread: some 50
 # microseconds, several times what it takes to wake one. See benchmarks/results/step.md.
-OPERATIONS_OF_A_THREAD = 2**22
+OPERATIONS_OF_A_THREAD = 2**21
 
 
 def check_threads(num_threads: int | Literal["auto"]) -> int | None:
