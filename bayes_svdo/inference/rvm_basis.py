@@ -20,7 +20,7 @@ import torch
 from scipy.linalg import blas
 from torch import Tensor
 
-from bayes_svdo.inference.arguments import check_flag
+from bayes_svdo.inference.arguments import check_count, check_flag, is_number
 
 KernelFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """``k(a, b)`` of inputs ``(n, d)`` and ``(m, d)``: a tensor ``(n, m)``."""
@@ -103,10 +103,9 @@ def check_options(fit_intercept: object, method: str, tol: float, max_iter: int)
     fit_intercept = check_flag("fit_intercept", fit_intercept)
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}.")
-    if not 0 < tol < math.inf:
+    if not is_number(tol) or not 0 < tol < math.inf:
         raise ValueError(f"tol must be positive and finite, in nats, got {tol!r}.")
-    if isinstance(max_iter, bool) or not isinstance(max_iter, int) or max_iter < 1:
-        raise ValueError(f"max_iter must be an integer of at least 1, got {max_iter!r}.")
+    check_count("max_iter", max_iter)
     return fit_intercept
 
 
@@ -217,9 +216,8 @@ def resolve_kernel(
             f'kernel="precomputed" needs the square kernel matrix of the training data, got shape '
             f'{tuple(x.shape)}.\n  Try kernel="linear", which takes any design matrix.'
         )
-    if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1:
-        raise ValueError(f"degree must be an integer of at least 1, got {degree!r}.")
-    if not math.isfinite(coef0):
+    degree = check_count("degree", degree)
+    if not is_number(coef0) or not math.isfinite(coef0):
         raise ValueError(f"coef0 must be a finite number, got {coef0!r}.")
     return BasisFunctions(
         kernel=kernel,
@@ -248,7 +246,7 @@ def _resolve_gamma(x: Tensor, gamma: Gamma, needed: bool) -> float:
                 "  Try scaled inputs."
             )
         return 1.0 / (x.shape[1] * variance)
-    if not isinstance(gamma, int | float) or not 0 < gamma < float("inf"):
+    if not is_number(gamma) or not 0 < float(gamma) < math.inf:
         raise ValueError(f'gamma must be a positive number, "scale" or "auto", got {gamma!r}.')
     return float(gamma)
 

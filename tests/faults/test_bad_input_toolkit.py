@@ -330,10 +330,10 @@ def test_vdard_options(options, error, message):
     [
         ({"kernel": "rfb"}, r"kernel must be one of.*'rfb'"),
         ({"gamma": -1}, r"gamma must be a positive number.*-1"),
-        ({"kernel": "poly", "degree": 2.5}, r"degree must be an integer of at least 1, got 2.5"),
+        ({"kernel": "poly", "degree": 2.5}, r"degree must be an integer of at least 1, but is 2.5"),
         ({"kernel": "poly", "coef0": NAN}, r"coef0 must be a finite number, got nan"),
         ({"tol": 0}, r"tol must be positive and finite, in nats, got 0"),
-        ({"max_iter": 0}, r"max_iter must be an integer of at least 1, got 0"),
+        ({"max_iter": 0}, r"max_iter must be an integer of at least 1, but is 0"),
     ],
 )
 def test_rvm_options(estimator, options, message):

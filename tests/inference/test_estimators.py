@@ -339,3 +339,26 @@ def test_a_feature_that_is_constant_up_to_rounding_tells_nothing():
     same = x * [1, 0] + [0, 0.3]
     np.testing.assert_allclose(fitted.predict_proba(x), fitted.predict_proba(same), rtol=1e-9)
     assert fitted.score(x, y) > 0.95
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        {"degree": np.arange(1, 3)},
+        {"gamma": np.array([0.1, 0.5], dtype=np.float32)},
+        {"max_iter": np.array([50, 100])},
+    ],
+    ids=lambda grid: next(iter(grid)),
+)
+def test_a_grid_of_numpys_numbers_can_be_searched(grid) -> None:
+    x, noise = np.random.default_rng(0).normal(size=(2, 60, 2))
+    search = GridSearchCV(RVMRegressor(kernel="poly"), grid, cv=2, error_score="raise")
+    assert np.isfinite(search.fit(x, x[:, 0] ** 2 + noise[:, 0]).best_score_)
+
+
+@pytest.mark.parametrize("option", ["tol", "coef0", "gamma", "degree", "max_iter"])
+def test_an_option_of_the_rvm_that_is_no_number_is_named(option: str) -> None:
+    x = np.random.default_rng(0).normal(size=(30, 2))
+    for value in ("a", None):
+        with pytest.raises(ValueError, match=f"{option} must be"):
+            RVMRegressor(kernel="poly", **{option: value}).fit(x, x[:, 0])

@@ -170,8 +170,8 @@ def test_one_sample_is_refused():
         (("cosine", 1.0, 3, 1.0), r"kernel must be one of .*'rbf'.* or a function, got 'cosine'"),
         (("rbf", 0.0, 3, 1.0), r"gamma must be a positive number.*got 0.0"),
         (("rbf", "width", 3, 1.0), r"gamma must be.*got 'width'"),
-        (("poly", 1.0, 0, 1.0), r"degree must be an integer of at least 1, got 0"),
-        (("poly", 1.0, 2.5, 1.0), r"degree must be an integer.*got 2.5"),
+        (("poly", 1.0, 0, 1.0), r"degree must be an integer of at least 1, but is 0"),
+        (("poly", 1.0, 2.5, 1.0), r"degree must be an integer.*but is 2.5"),
         (("precomputed", 1.0, 3, 1.0), r'(?s)square.*got shape \(40, 3\).*kernel="linear"'),
     ],
 )

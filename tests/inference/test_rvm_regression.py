@@ -377,8 +377,8 @@ def test_warnings_point_to_the_caller():
         ({"min_noise": 0.0}, r"min_noise.*in \[1e-05, 1\) for torch.float64, got 0.0"),
         ({"min_noise": 1.0}, r"min_noise.*got 1.0"),
         ({"tol": 0.0}, r"tol must be positive and finite, in nats, got 0.0"),
-        ({"max_iter": 0}, r"max_iter must be an integer of at least 1, got 0"),
-        ({"max_iter": 2.5}, r"max_iter must be an integer.*got 2.5"),
+        ({"max_iter": 0}, r"max_iter must be an integer of at least 1, but is 0"),
+        ({"max_iter": 2.5}, r"max_iter must be an integer.*but is 2.5"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, words):
