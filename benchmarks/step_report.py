@@ -6,6 +6,7 @@ import json
 import math
 import re
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -213,12 +214,8 @@ def _growth(content: dict[str, Any]) -> list[str]:
         rounds = rows[0]["rounds"]
         lines += [
             f"\n**Against {name}**, least ms of {rounds} rounds{_others(rows)}\n",
-            f"| {curve['against']} | {' | '.join(fits)} |",
-            f"| --- |{' --- |' * len(fits)}",
+            *_by_size(curve, lambda row, peer: f"{row['least_milliseconds'][peer]:.2f}"),
         ]
-        for row in rows:
-            values = [f"{row['least_milliseconds'][peer]:.2f}" for peer in fits]
-            lines.append(f"| {row['size']:,} | {' | '.join(values)} |")
         found = list(fits.values())
         for title, text in (
             ("exponent", lambda fit: f"{fit['exponent']:.2f} ± {fit['standard_error']:.2f}"),
@@ -235,12 +232,19 @@ def _growth(content: dict[str, Any]) -> list[str]:
         if of is not None and None not in memory[0].values():
             lines += [
                 f"\nMB that a {of} holds at most:\n",
-                f"| {curve['against']} | {' | '.join(fits)} |",
-                f"| --- |{' --- |' * len(fits)}",
+                *_by_size(
+                    curve, lambda row, peer: f"{row['peak_bytes_of_a_step'][peer] / 1e6:.1f}"
+                ),
             ]
-            for row in rows:
-                values = [f"{row['peak_bytes_of_a_step'][peer] / 1e6:.1f}" for peer in fits]
-                lines.append(f"| {row['size']:,} | {' | '.join(values)} |")
+    return lines
+
+
+def _by_size(curve: dict[str, Any], cell: Callable[[dict[str, Any], str], str]) -> list[str]:
+    """A row for each size, a column for each peer."""
+    peers = list(curve["growth"])
+    lines = [f"| {curve['against']} | {' | '.join(peers)} |", f"| --- |{' --- |' * len(peers)}"]
+    for row in curve["rows"]:
+        lines.append(f"| {row['size']:,} | {' | '.join(cell(row, peer) for peer in peers)} |")
     return lines
 
 

@@ -223,7 +223,7 @@ class CompiledObjective(nn.Module):
         return graph
 
     def _place(self) -> torch.device:
-        return self.objective.guide.location_parameters()[0].device
+        return next(self.objective.parameters()).device
 
     def _weight(self, kl_weight: float | Tensor) -> Tensor:
         """As a graph takes it, which would misread any other: a double where the parameters are."""
