@@ -95,7 +95,9 @@ class Draw:
         # In float16 the variance would underflow below log_sigma2 = -16.6.
         if log_sigma2.dtype in (torch.float16, torch.bfloat16):
             log_sigma2 = log_sigma2.float()
-        exp: Tensor = _BoundedExp.apply(scale * log_sigma2, scale * _MAX_LOG_VARIANCE)
+        if scale != 1:  # else a pass over the weights for nothing, and one in the gradient
+            log_sigma2 = scale * log_sigma2
+        exp: Tensor = _BoundedExp.apply(log_sigma2, scale * _MAX_LOG_VARIANCE)
         return exp
 
     def claim(self) -> None:

@@ -191,7 +191,7 @@ class _LogAlphaSlope(torch.autograd.Function):
 
     @staticmethod
     def forward(loc: Tensor) -> Tensor:
-        return (torch.finfo(loc.dtype).tiny / loc).add_(loc).reciprocal_().mul_(-2)
+        return loc.reciprocal().mul_(torch.finfo(loc.dtype).tiny).add_(loc).reciprocal_().mul_(-2)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -223,9 +223,9 @@ class _SigmoidKL(torch.autograd.Function):
     @staticmethod
     def forward(log_alpha: Tensor, k1: float, k2: float, k3: float) -> tuple[Tensor, Tensor]:
         minus_log_alpha = -log_alpha
-        step = (log_alpha * -k3).sub_(k2).sigmoid()
+        step = (log_alpha * -k3).sub_(k2).sigmoid_()
         kl = softplus(minus_log_alpha).mul_(0.5).add_(step, alpha=k1)
-        slope = minus_log_alpha.sigmoid().mul_(-0.5).sub_(step, alpha=k1 * k3)
+        slope = minus_log_alpha.sigmoid_().mul_(-0.5).sub_(step, alpha=k1 * k3)
         slope.add_(step.mul_(step), alpha=k1 * k3)
         return kl, slope
 

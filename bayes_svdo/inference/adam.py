@@ -16,13 +16,14 @@ class _Group(NamedTuple):
     means: list[Tensor]
     squares: list[Tensor]
     steps: list[Tensor]
+    all_steps: Tensor  # whose elements they are
 
 
 class Adam(torch.optim.Adam):
     """``torch.optim.Adam(params, lr, fused=True)``, the same to the last bit.
 
-    torch sorts parameters by device and dtype in every step, which takes as long as half of the
-    update of a small network. Here that is done once. Where a step is out of the ordinary (the
+    torch sorts parameters by device and dtype in every step and counts steps for each by itself,
+    which takes as long as half of the update of a small network. Here that is done once. Where a step is out of the ordinary (the
     first one, a parameter without a gradient, a scaled loss), it is torch's own.
 
     Args:
@@ -54,7 +55,7 @@ class Adam(torch.optim.Adam):
         for group, sorted_, of_group in zip(
             self.param_groups, self._sorted, gradients, strict=True
         ):
-            torch._foreach_add_(sorted_.steps, 1)
+            sorted_.all_steps.add_(1)
             beta1, beta2 = group["betas"]
             torch._fused_adam_(
                 sorted_.parameters, of_group, sorted_.means, sorted_.squares, [], sorted_.steps,
@@ -71,10 +72,15 @@ class Adam(torch.optim.Adam):
         )
         if alike and all(states_of_group and all(states_of_group) for states_of_group in states):
             self._sorted = [
-                _Group(
-                    list(group["params"]),
-                    *([state[key] for state in of] for key in ("exp_avg", "exp_avg_sq", "step")),
-                )
+                _sorted(group["params"], of)
                 for group, of in zip(self.param_groups, states, strict=True)
             ]
         return loss
+
+
+def _sorted(parameters: list[Tensor], states: list[dict[str, Tensor]]) -> _Group:
+    all_steps = torch.stack([state["step"] for state in states])
+    for state, step in zip(states, all_steps.unbind(), strict=True):
+        state["step"] = step
+    of = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
+    return _Group(list(parameters), *of, all_steps)

@@ -7,12 +7,12 @@ import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from shutil import which
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_flatten, tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from bayes_svdo.inference.arguments import check_weight
 from bayes_svdo.inference.elbo import TraceAnalyticKL_ELBO
@@ -106,6 +106,18 @@ def _has_compiler() -> bool:
     return any(map(which, [os.environ.get("CXX") or "g++", "clang++"]))
 
 
+class _Given(NamedTuple):
+    """A batch: as the model takes it, what it holds in which structure, and its size.
+
+    The size is that of a batch that can stand for itself, see :func:`make_graph`.
+    """
+
+    batch: tuple[Any, ...]
+    leaves: list[Any]
+    structure: str
+    size: int | None
+
+
 class CompiledObjective(nn.Module):
     """An :class:`Objective` that is traced and compiled, once for every signature of its inputs.
 
@@ -139,6 +151,8 @@ class CompiledObjective(nn.Module):
         self._numbers: tuple[Any, Tensor, Tensor] | None = None
         self._gave_up = False
         self._layout = objective.guide.layout
+        # torch finds a module's first parameter anew, in as long as a small layer takes.
+        self._first: list[Tensor] = []
         model = objective.model  # a guide has no modes
         self._modes = list(model.modules()) if isinstance(model, nn.Module) else []
 
@@ -150,34 +164,36 @@ class CompiledObjective(nn.Module):
                 tensor of one.
             UntraceableError: As :func:`compile_objective`, if that is required.
         """
-        graph = self.prepare(*batch) if torch.is_grad_enabled() else None
+        given = self._given(batch)
+        graph = self._graph_for(given) if torch.is_grad_enabled() else None
         kl_weight = self._weight(kl_weight)
         if graph is None:
             value: ObjectiveValue = self.objective(kl_weight, *batch)
             return value
-        numbers = self._numbers_of(kl_weight, batch)
-        loss, terms, score = _Evaluate.apply(graph, numbers, tree_leaves(batch), *graph.trained)
+        numbers = self._numbers_of(kl_weight, given.size)
+        loss, terms, score = _Evaluate.apply(graph, numbers, given.leaves, *graph.trained)
         return ObjectiveValue(loss, terms, score)
 
-    @torch.no_grad()
     def set_gradients(self, kl_weight: float | Tensor, *batch: Any) -> ObjectiveValue:
         """One estimate on a batch, its gradient in the parameters' ``grad``.
 
         As ``zero_grad()`` and ``backward()`` on the loss, without autograd's share of the time.
         Errors are those of :meth:`forward`.
         """
-        with torch.enable_grad():
-            graph = self.prepare(*batch)
+        given = self._given(batch)
+        graph = self._graph_for(given)
         kl_weight = self._weight(kl_weight)
         if graph is None:
             self.zero_grad()
             with torch.enable_grad():
                 value: ObjectiveValue = self.objective(kl_weight, *batch)
-            value.loss.backward()
-            return value
+                value.loss.backward()
+            return ObjectiveValue(value.loss.detach(), value.terms, value.score)
         for parameter in graph.trained:  # so that the new ones can have their memory
             parameter.grad = None
-        *values, gradients = graph.evaluate(self._numbers_of(kl_weight, batch), tree_leaves(batch))
+        numbers = self._numbers_of(kl_weight, given.size)
+        with torch.no_grad():
+            *values, gradients = graph.evaluate(numbers, given.leaves)
         for parameter, gradient in zip(graph.trained, gradients, strict=True):
             parameter.grad = gradient
         return ObjectiveValue(*values)
@@ -188,11 +204,14 @@ class CompiledObjective(nn.Module):
         Raises:
             UntraceableError: As :func:`compile_objective`.
         """
+        return self._graph_for(self._given(batch))
+
+    def _graph_for(self, given: _Given) -> Graph | None:
         layout = self.objective.guide.layout
         if layout != self._layout:  # it does not come back
-            self._graphs.clear()
+            self._forget()
             self._layout = layout
-        key = self._signature(batch)
+        key = self._signature(given)
         graph = self._graphs.get(key)
         if graph is not None and not graph.trains_the_same():  # frozen since, or not any more
             for parameter in graph.trained:
@@ -209,21 +228,28 @@ class CompiledObjective(nn.Module):
             )
             return None
         try:
-            graph = self._graphs[key] = make_graph(
-                self.objective,
-                self._numbers_of(self._weight(1.0), batch),
-                batch,
-                self._free_size(batch),
-                self.backend,
-            )
+            with torch.enable_grad():
+                graph = self._graphs[key] = make_graph(
+                    self.objective,
+                    self._numbers_of(self._weight(1.0), given.size),
+                    given.batch,
+                    given.size,
+                    self.backend,
+                )
         except UntraceableError as error:
             if self.required:
                 raise
             self._give_up(str(error))
         return graph
 
+    def _forget(self) -> None:
+        self._graphs.clear()
+        self._first.clear()
+
     def _place(self) -> torch.device:
-        return next(self.objective.parameters()).device
+        if not self._first:
+            self._first.append(next(self.objective.parameters()))
+        return self._first[0].device
 
     def _weight(self, kl_weight: float | Tensor) -> Tensor:
         """As a graph takes it, which would misread any other: a double where the parameters are."""
@@ -238,17 +264,24 @@ class CompiledObjective(nn.Module):
             kl_weight = torch.as_tensor(kl_weight, dtype=torch.float64, device=device)
         return kl_weight
 
-    def _numbers_of(self, kl_weight: Tensor, batch: tuple[Any, ...]) -> Numbers:
-        """What the graph of a batch, which stands for itself alone, is given."""
+    def _numbers_of(self, kl_weight: Tensor, size: int | None) -> Numbers:
+        """What the graph of a batch of ``size``, which stands for itself alone, is given."""
         own, scale = self.objective.elbo.kl_weight, self.objective.scale
         if not (isinstance(own, float) and own == 1.0):
             kl_weight = (kl_weight * own).detach().to(kl_weight)
-        size = self._free_size(batch)
         ratio = 1.0 if size is None else self.objective.model.num_data / size
         if self._numbers is None or self._numbers[0] != (ratio, scale):
             made = (kl_weight.new_tensor(ratio), kl_weight.new_tensor(scale))
             self._numbers = ((ratio, scale), *made)
         return Numbers(kl_weight, *self._numbers[1:])
+
+    def _given(self, batch: tuple[Any, ...]) -> _Given:
+        if all(isinstance(value, Tensor) for value in batch):
+            leaves, structure = list(batch), str(len(batch))
+        else:
+            leaves, spec = tree_flatten(batch)
+            structure = str(spec)
+        return _Given(batch, leaves, structure, self._free_size(batch))
 
     def _free_size(self, batch: tuple[Any, ...]) -> int | None:
         """Size of the batch if it can stand for itself; None if ``num_data`` is in the graph."""
@@ -267,26 +300,26 @@ class CompiledObjective(nn.Module):
         self._gave_up = True
         warnings.warn(why, stacklevel=4)
 
-    def _signature(self, batch: tuple[Any, ...]) -> Any:
-        leaves, spec = tree_flatten(batch)
+    def _signature(self, given: _Given) -> Any:
         device = self._place().type
-        free = self._free_size(batch)
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         return (
             tuple(
-                (leaf.shape, leaf.dtype, leaf.device, leaf.stride())
-                if isinstance(leaf, Tensor)
-                else leaf
-                for leaf in leaves
+                [
+                    (leaf.shape, leaf.dtype, leaf.device, leaf.stride())
+                    if isinstance(leaf, Tensor)
+                    else leaf
+                    for leaf in given.leaves
+                ]
             ),
-            str(spec),
+            given.structure,
             tuple([module.training for module in self._modes]),
-            getattr(self.objective.model, "num_data", None) if free is None else None,
+            getattr(self.objective.model, "num_data", None) if given.size is None else None,
             autocast,
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._graphs.clear()  # buffers are replaced
+        self._forget()  # buffers are replaced
         super()._apply(fn, recurse)
         return self
 

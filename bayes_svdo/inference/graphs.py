@@ -222,13 +222,14 @@ def _softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
         for power in (11, 9, 7, 5, 3, 1):
             series = series * square + 1 / power
         value = 2 * ratio * series
-    value = x.clamp_min(0) + value
+    value = x.relu() + value
     return value if beta == 1 else value / beta
 
 
 # Both begin with one exponential, which a graph that has both computes once.
 _DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.sigmoid.default: _sigmoid,
+    torch.ops.aten.sigmoid_.default: lambda x: x.copy_(_sigmoid(x)),
     torch.ops.aten.softplus.default: _softplus,
 }
 
