@@ -22,9 +22,10 @@ class _Group(NamedTuple):
 class Adam(torch.optim.Adam):
     """``torch.optim.Adam(params, lr, fused=True)``, the same to the last bit.
 
-    torch sorts parameters by device and dtype in every step and counts steps for each by itself,
-    which takes as long as half of the update of a small network. Here that is done once. Where a step is out of the ordinary (the
-    first one, a parameter without a gradient, a scaled loss), it is torch's own.
+    torch sorts parameters by device and dtype in every step and counts the steps of each by
+    itself, which takes as long as half of the update of a small network. Here the one is done
+    once, and the other for all together. Where a step is out of the ordinary (the first one, a
+    parameter without a gradient, a scaled loss), it is torch's own.
 
     Args:
         params: Parameters, or groups of them; each group on one device and of one dtype.

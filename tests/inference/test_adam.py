@@ -65,6 +65,32 @@ def test_a_state_that_is_loaded_counts(pair) -> None:
     assert same(one, other)
 
 
+def test_a_copy_goes_on_by_itself(pair) -> None:
+    one, other, theirs, ours = pair
+    for seed in range(3):
+        step(one, theirs, seed)
+        step(other, ours, seed)
+    copied, optimizer = copy.deepcopy((other, ours))
+    for seed in range(3, 6):
+        step(one, theirs, seed)
+        step(copied, optimizer, seed)
+    assert same(one, copied)
+    assert {float(state["step"]) for state in optimizer.state.values()} == {6.0}
+    assert {float(state["step"]) for state in ours.state.values()} == {3.0}
+
+
+def test_its_state_is_torchs(pair) -> None:
+    one, other, theirs, ours = pair
+    for seed in range(3):
+        step(other, ours, seed)
+    one.load_state_dict(other.state_dict())
+    theirs.load_state_dict(copy.deepcopy(ours.state_dict()))
+    for seed in range(3, 6):
+        step(one, theirs, seed)
+        step(other, ours, seed)
+    assert same(one, other)
+
+
 def test_a_group_may_be_added(pair) -> None:
     one, other, theirs, ours = pair
     added = [nn.Parameter(torch.ones(3)) for _ in range(2)]
