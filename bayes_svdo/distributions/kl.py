@@ -8,7 +8,7 @@ alpha -> inf. Nothing on the path of a gradient is clamped: a clamp stops every 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from bayes_svdo.distributions.special import (
     check_floating_point,
     exact_kl,
     in_working_precision,
+    is_fused,
     signed,
     softplus,
 )
@@ -166,6 +167,10 @@ class _LogAlpha(torch.autograd.Function):
 
     @staticmethod
     def forward(loc: Tensor, log_sigma2: Tensor) -> Tensor:
+        if is_fused():
+            scaled = _Scaled.of(loc)
+            result = log_sigma2 - scaled.square.log()
+            return torch.where(scaled.large, result + 2 * math.log(scaled.factor), result)
         # torch.hypot takes three times as long. The square is bounded, so that it cannot overflow;
         # beyond the bound |loc| itself is the root to rounding, and the larger of the two.
         limits, size = torch.finfo(loc.dtype), loc.abs()
@@ -191,6 +196,10 @@ class _LogAlphaSlope(torch.autograd.Function):
 
     @staticmethod
     def forward(loc: Tensor) -> Tensor:
+        if is_fused():
+            scaled = _Scaled.of(loc)
+            slope = -2 * scaled.value / scaled.square
+            return torch.where(scaled.large, slope * scaled.factor, slope)
         return loc.reciprocal().mul_(torch.finfo(loc.dtype).tiny).add_(loc).reciprocal_().mul_(-2)
 
     @staticmethod
@@ -204,6 +213,23 @@ class _LogAlphaSlope(torch.autograd.Function):
             loc * loc + torch.finfo(loc.dtype).tiny
         )
         return grad * curvature
+
+
+class _Scaled(NamedTuple):
+    """``loc``, where its square would overflow times a small ``factor``."""
+
+    large: Tensor  # whether it is
+    factor: float
+    value: Tensor
+    square: Tensor  # of the value, plus tiny
+
+    @classmethod
+    def of(cls, loc: Tensor) -> _Scaled:
+        limits = torch.finfo(loc.dtype)
+        large = loc.abs() > limits.max**0.25
+        factor = 2.0 ** -(5 * math.frexp(limits.max)[1] // 8)  # halfway down, to rounding exact
+        value = torch.where(large, loc * factor, loc)
+        return cls(large, factor, value, value * value + limits.tiny)
 
 
 def _slope_in_loc(loc: Tensor) -> Tensor:

@@ -24,7 +24,9 @@ Hessian take ``torch.func.jacrev`` twice, as ``torch.func.jvp`` and ``hessian`` 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -91,6 +93,24 @@ def in_working_precision(function: Callable[[Tensor], Tensor], x: Tensor) -> Ten
     if x.dtype in (torch.float32, torch.float64):
         return function(x)
     return function(x.float()).to(x.dtype)
+
+
+_FUSED: ContextVar[bool] = ContextVar("fused", default=False)
+
+
+@contextmanager
+def fused() -> Iterator[None]:
+    """What is computed here becomes one kernel: operations cost, temporaries do not."""
+    token = _FUSED.set(True)
+    try:
+        yield
+    finally:
+        _FUSED.reset(token)
+
+
+def is_fused() -> bool:
+    """Whether this is within :func:`fused`."""
+    return _FUSED.get()
 
 
 FunctionType = TypeVar("FunctionType", bound=type[torch.autograd.Function])

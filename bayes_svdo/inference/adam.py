@@ -83,5 +83,7 @@ def _sorted(parameters: list[Tensor], states: list[dict[str, Tensor]]) -> _Group
     all_steps = torch.stack([state["step"] for state in states])
     for state, step in zip(states, all_steps.unbind(), strict=True):
         state["step"] = step
-    of = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
-    return _Group(list(parameters), *of, all_steps)
+    means, squares, steps = (
+        [state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step")
+    )
+    return _Group(list(parameters), means, squares, steps, all_steps)

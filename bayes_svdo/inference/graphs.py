@@ -25,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import bayes_svdo
+from bayes_svdo.distributions.special import fused
 from bayes_svdo.inference.checks import check_parameters
 from bayes_svdo.inference.objective import Objective
 from bayes_svdo.inference.posterior import local_parameters
@@ -124,7 +125,7 @@ def make_graph(
     try:
         with local_parameters(), pyro_checks(structure=True):
             _try(objective, batch, fixed)
-        with local_parameters(), pyro_checks(structure=False), _without_onednn():
+        with local_parameters(), pyro_checks(structure=False), _without_onednn(), fused():
             trace = make_fx(
                 run,
                 decomposition_table=_DECOMPOSITIONS,

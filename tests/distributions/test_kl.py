@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any, get_args
 
 import mpmath as mp
@@ -20,6 +21,7 @@ from bayes_svdo.distributions.kl import (
     kl_log_uniform,
     log_alpha,
 )
+from bayes_svdo.distributions.special import fused
 
 APPROXIMATIONS: tuple[Approximation, ...] = get_args(Approximation)
 EVERYWHERE = [name for name in APPROXIMATIONS if name != "kingma2015"]
@@ -40,6 +42,17 @@ def slope(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 # --- log_alpha
 
 
+@pytest.fixture(params=["alone", "fused"])
+def either_form(request: pytest.FixtureRequest) -> Iterator[None]:
+    """As it is computed alone, and as part of a kernel."""
+    with fused() if request.param == "fused" else nullcontext():
+        yield
+
+
+both_forms = pytest.mark.usefixtures("either_form")
+
+
+@both_forms
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_log_alpha_is_its_definition_from_zero_to_the_largest_number(dtype: torch.dtype) -> None:
     limits = torch.finfo(dtype)
@@ -55,6 +68,7 @@ def test_log_alpha_is_its_definition_from_zero_to_the_largest_number(dtype: torc
     )
 
 
+@both_forms
 @every_divergence
 @pytest.mark.parametrize("size", [1e-9, 1e-14, 1e-19, 1e-25, 1e-31, 1e-38, 0.0])
 @pytest.mark.parametrize("sign", [1, -1])
@@ -69,6 +83,7 @@ def test_gradient_of_a_vanishing_weight_is_loc_over_sigma2(
     assert log_sigma2.grad.isfinite()
 
 
+@both_forms
 @every_divergence
 def test_curvature_at_a_zero_weight_is_the_precision(kl: Callable[[Tensor], Tensor]) -> None:
     loc = torch.zeros((), dtype=torch.float64, requires_grad=True)
@@ -78,6 +93,7 @@ def test_curvature_at_a_zero_weight_is_the_precision(kl: Callable[[Tensor], Tens
     assert second.item() == pytest.approx(math.exp(3), rel=1e-10)
 
 
+@both_forms
 @every_divergence
 @pytest.mark.parametrize("size", [1e3, 1e10, 1e20, 1e30, 3e38])
 def test_gradient_of_a_huge_weight_is_one_over_loc(
@@ -154,6 +170,7 @@ def test_log_alpha_refuses_integers(name: str, arguments: tuple[Tensor, Tensor])
         log_alpha(*arguments)
 
 
+@both_forms
 def test_log_alpha_passes_gradcheck() -> None:
     loc = torch.tensor([-2.0, -0.3, 0.05, 1.0], dtype=torch.float64, requires_grad=True)
     log_sigma2 = torch.linspace(-9, 3, 4, dtype=torch.float64, requires_grad=True)
@@ -161,6 +178,7 @@ def test_log_alpha_passes_gradcheck() -> None:
     assert torch.autograd.gradgradcheck(log_alpha, (loc, log_sigma2), check_batched_grad=True)
 
 
+@both_forms
 @pytest.mark.parametrize("in_dims", [(0, 0), (0, None), (None, 0)])
 def test_log_alpha_under_vmap(in_dims: tuple[int | None, int | None]) -> None:
     generator = torch.Generator().manual_seed(0)
