@@ -235,6 +235,15 @@ _DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
 }
 
 
+_CONTRACTION = "cpp.enable_floating_point_contract_flag"
+
+
+def _contraction() -> str | bool:
+    """Products and sums in one instruction, as on a GPU: fewer, and rounded once."""
+    was: object = torch._inductor.config.cpp.enable_floating_point_contract_flag
+    return True if isinstance(was, bool) else "fast"  # of older torch, or newer
+
+
 def _compiled(
     graph: torch.fx.GraphModule,
     state: list[Tensor],
@@ -248,7 +257,7 @@ def _compiled(
         with torch.no_grad():
             inputs: list[Any] = [value.detach() for value in (*state, *given)]
             run: Callable[..., Any] = torch._inductor.compile(
-                graph, inputs, options={"fallback_random": True}
+                graph, inputs, options={"fallback_random": True, _CONTRACTION: _contraction()}
             )
         return run
     options: dict[str, Any] | None = None
