@@ -13,6 +13,13 @@ from bayes_svdo.experiments import files
 
 RESULTS = Path(__file__).parent / "results"
 
+# Beside every table with a count of ARDRegression's coefficients.
+ARD_CAVEAT = (
+    "ARDRegression is scikit-learn's as it comes, with `threshold_lambda=1e4`: it sets a "
+    "coefficient to 0 only where its precision exceeds that, so its number of nonzero coefficients "
+    "says little."
+)
+
 
 def environment(*packages: str) -> dict[str, Any]:
     """Versions and machine, for the results file of a benchmark."""

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from environment import RESULTS, environment, mean_and_sd, write_json
+from environment import ARD_CAVEAT, RESULTS, environment, mean_and_sd, write_json
 from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import ARDRegression, LassoCV, LinearRegression
@@ -185,7 +185,8 @@ def run(seeds: int) -> list[dict[str, Any]]:
 def table(runs: list[dict[str, Any]], seeds: int) -> str:
     """Mean and standard deviation over seeds, as Markdown."""
     lines = [
-        f"Mean (standard deviation) over {seeds} seeds; {NUM_RELEVANT} features matter.",
+        f"Mean (standard deviation) over {seeds} seeds; {NUM_RELEVANT} features matter. "
+        f"{ARD_CAVEAT}",
         "",
     ]
     for design in DESIGNS:

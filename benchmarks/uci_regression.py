@@ -2,7 +2,7 @@
 
     python benchmarks/uci_regression.py                 # all sets; writes results/uci_regression.*
     python benchmarks/uci_regression.py --sets yacht boston --splits 3
-    python benchmarks/uci_regression.py --table         # the Markdown from the JSON alone
+    python benchmarks/uci_regression.py --table         # the Markdown from the JSON, no runs
 
 Boston, concrete, energy, kin8nm and yacht on their 20 published splits (`bayes_svdo.data`), and
 diabetes, with its 10 features and with all 65 products of at most two, on 20 random splits of 300
@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from environment import RESULTS, environment, mean_and_sd, write_json
+from environment import ARD_CAVEAT, RESULTS, environment, mean_and_sd, write_json
 from numpy.typing import NDArray
 from sklearn.datasets import load_diabetes
 from sklearn.exceptions import ConvergenceWarning
@@ -181,7 +181,7 @@ def run(name: str, split: int, method: str) -> dict[str, Any]:
 
 def table(runs: list[dict[str, Any]]) -> str:
     """Mean and standard deviation over splits, as Markdown."""
-    lines = ["Mean (standard deviation) over splits.", ""]
+    lines = [f"Mean (standard deviation) over splits. {ARD_CAVEAT}", ""]
     for name in SETS:
         of_set = [r for r in runs if r["set"] == name]
         if not of_set:
@@ -231,6 +231,7 @@ def main() -> None:
                         runs.append(run(name, split, method))
                         _write(out, runs)
                 print(method, name, "done", flush=True)
+    out.with_suffix(".md").write_text(table(runs))
     print(table(runs))
 
 

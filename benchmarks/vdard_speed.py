@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from environment import RESULTS, environment, write_json
+from environment import ARD_CAVEAT, RESULTS, environment, write_json
 from numpy.typing import NDArray
 from resources import cost, processor_ms
 from sklearn.linear_model import ARDRegression
@@ -129,7 +129,7 @@ def table(runs: list[dict[str, Any]]) -> str:
                 f"| {mean(r['nonzero'] for r in mine):.1f} "
                 f"| {math.sqrt(mean(r['error'] ** 2 for r in mine)):.4f} |"
             )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", ARD_CAVEAT, ""])
 
 
 def repeat(path: Path) -> None:

@@ -38,3 +38,10 @@ def test_tables_are_those_of_the_results():
     rows = [line for line in page if line.startswith("|")]
     assert len(rows) > 20
     assert set(rows) <= set(results)
+
+
+@pytest.mark.parametrize("name", ["uci_regression", "support_recovery", "vdard_speed"])
+def test_tables_say_what_a_count_of_ardregression_is(name):
+    table = (ROOT / f"benchmarks/results/{name}.md").read_text()
+    assert "| ARDRegression |" in table
+    assert "`threshold_lambda=1e4`" in table
