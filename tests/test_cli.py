@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import fields
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 
 from bayes_svdo import cli, data
 from bayes_svdo.experiments import compare_methods, figures, runs, training
+from bayes_svdo.experiments.compare import Settings as Comparison
 from bayes_svdo.experiments.training import KLS, Settings
 from bayes_svdo.inference import History, Posterior
 from bayes_svdo.models.registry import NETWORKS
@@ -558,6 +560,30 @@ def test_compare_stopped_by_ctrl_c_says_so_and_continues(fits, tmp_path):
 def test_the_help_of_compare_names_every_data_set():
     result = invoke("compare", "--help")
     assert set(compare_methods.METHODS) <= set(re.findall(r"[\w+]+", result.stdout))
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "minutes"),
+    [
+        ("compare", "Ten seeds of both: some five minutes on one core", 5),
+        ("compare_mnist", "MNIST, only if named and without the RVM: some twelve per seed", 12),
+    ],
+)
+def test_the_help_of_compare_says_how_long_it_took(name, words, minutes):
+    path = Path(__file__).parents[1] / f"benchmarks/results/{name}.json"
+    measured = json.loads(path.read_text())
+    settings, results = measured["settings"], measured["results"]
+    seconds = sum(row["seconds"] for row in results)
+    assert seconds / 60 == pytest.approx(minutes, abs=0.5)
+    assert measured["machine"]["threads"] == 1
+    if name == "compare":
+        assert (tuple(settings["data"]), settings["seeds"]) == (Comparison.data, Comparison.seeds)
+    else:
+        assert (settings["data"], settings["seeds"]) == (["mnist"], 1)
+        assert "RVM" not in {row["method"] for row in results}
+        assert "mnist" not in Comparison.data
+    text = " ".join(invoke("compare", "--help").stdout.split())
+    assert words in text
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     )
     from bayes_svdo.inference.exact_regression import (
         DegenerateObjectiveError,
+        NoiseCollapseWarning,
         VDARDRegression,
         fit_vdard_regression,
     )
@@ -47,7 +48,12 @@ _TOOLKIT = {
         "VDARDClassifier",
         "VDARDRegressor",
     ),
-    "exact_regression": ("DegenerateObjectiveError", "VDARDRegression", "fit_vdard_regression"),
+    "exact_regression": (
+        "DegenerateObjectiveError",
+        "NoiseCollapseWarning",
+        "VDARDRegression",
+        "fit_vdard_regression",
+    ),
     "l1": ("L1LogisticFit", "fit_l1_logistic", "l1_logistic_path", "l1_min_c"),
     "l1_cross_validation": ("L1CrossValidation", "cross_validate_l1"),
     "relevance_vector_machine": (
@@ -71,6 +77,7 @@ __all__ = [
     "L1CrossValidation",
     "L1LogisticFit",
     "L1LogisticRegression",
+    "NoiseCollapseWarning",
     "NonFiniteObjectiveError",
     "Posterior",
     "RVMClassification",

@@ -39,6 +39,17 @@ def check_flag(name: str, value: object) -> bool:
     return bool(value)
 
 
+def check_name(name: str, value: object) -> str:
+    """``value`` as it is, a string; whether anything has that name is for others to say.
+
+    Raises:
+        TypeError: It is no string.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a name, but is {value!r}.")
+    return value
+
+
 def check_rate(name: str, value: object) -> float:
     """``value`` as a ``float``.
 
@@ -78,7 +89,7 @@ def check_threshold(threshold: object) -> float:
     return float(threshold)  # type: ignore[arg-type]
 
 
-def check_seed(seed: object) -> int | None:
+def check_seed(seed: object, name: str = "seed") -> int | None:
     """``seed`` as an ``int``, or None.
 
     Raises:
@@ -87,10 +98,10 @@ def check_seed(seed: object) -> int | None:
     if seed is None:
         return None
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
-        raise ValueError(f"seed must be an integer or None, but is {seed!r}.")
+        raise ValueError(f"{name} must be an integer or None, but is {seed!r}.")
     number = int(seed)
     if not -(2**63) <= number < 2**64:
-        raise ValueError(f"seed must be an integer of 64 bits, but is {number}.")
+        raise ValueError(f"{name} must be an integer of 64 bits, but is {number}.")
     return number
 
 
@@ -131,7 +142,7 @@ def choose_device(device: str | torch.device) -> torch.device:
         ValueError: The name is unknown, or there is no such device.
     """
     available = torch.cuda.is_available()
-    if device == "auto":
+    if isinstance(device, str) and device == "auto":
         return torch.device("cuda", torch.cuda.current_device()) if available else _CPU
     try:
         where = torch.device(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from numbers import Real
 from typing import Any
 
@@ -12,10 +13,16 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.preprocessing import LabelEncoder
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import (
+    check_array,
+    check_is_fitted,
+    check_random_state,
+    validate_data,
+)
 from torch import Tensor
 
 from bayes_svdo.inference.arguments import choose_device
+from bayes_svdo.inference.scales import power_of_2
 
 Array = NDArray[Any]
 
@@ -34,14 +41,53 @@ class TorchEstimator(BaseEstimator):  # type: ignore[misc]
         checked = validate_data(self, as_array(X), as_array(y), dtype=np.float64, **kwargs)
         return checked[0], checked[1]
 
-    def _tensor(self, values: Array) -> Tensor:
+    def _tensor(self, values: Array, device: torch.device | None = None) -> Tensor:
         # A copy where the array is read-only, as those of joblib's workers are.
         tensor = torch.as_tensor(np.require(values, requirements=("C", "W")))
-        return tensor.to(choose_device(self.device))
+        return tensor.to(choose_device(self.device) if device is None else device)
+
+
+class KernelEstimator(TorchEstimator):
+    """Over a relevance vector machine, which is where the fit was, and anywhere once unpickled."""
+
+    kernel: Any
+    _machine: Any
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.pairwise = self._is_precomputed()
+        return tags
+
+    def _is_precomputed(self) -> bool:
+        return isinstance(self.kernel, str) and self.kernel == "precomputed"
 
     def _new_inputs(self, X: Any) -> Tensor:
         check_is_fitted(self)
-        return self._tensor(self._inputs(X, reset=False))
+        if self._is_precomputed():
+            X = check_array(as_array(X), dtype=np.float64, estimator=self, input_name="X")
+            if X.shape[1] != self.n_features_in_:
+                raise ValueError(
+                    f"X has {X.shape[1]} features, but {type(self).__name__} is expecting "
+                    f'{self.n_features_in_} features as input: with kernel="precomputed" X must '
+                    f"have the shape (n_samples, n_samples_fit) = ({len(X)}, "
+                    f"{self.n_features_in_}), but has {X.shape}.\n  Try the kernel between the "
+                    "new data (rows) and all data of the fit (columns)."
+                )
+        return self._tensor(self._inputs(X, reset=False), self._machine.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """On the CPU: who unpickles it may have no other device."""
+        state: dict[str, Any] = super().__getstate__()
+        if "_machine" in state:
+            state = state | {"_machine": state["_machine"].to("cpu")}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """On its own device again, where there is one."""
+        super().__setstate__(state)
+        if hasattr(self, "_machine"):
+            with suppress(ValueError):
+                self._machine = self._machine.to(choose_device(self.device))
 
 
 class TorchClassifier(ClassifierMixin, TorchEstimator):  # type: ignore[misc]
@@ -101,6 +147,24 @@ def check_number(name: str, value: object, least: float = -math.inf) -> float:
     return number
 
 
+def seed_of(random_state: Any) -> int:
+    """A seed for torch, drawn as scikit-learn draws.
+
+    Raises:
+        ValueError: ``random_state`` is none of its kinds.
+    """
+    try:
+        if isinstance(random_state, bool):
+            raise ValueError
+        source = check_random_state(random_state)
+    except ValueError:
+        raise ValueError(
+            "random_state must be an integer from 0 to 2**32 - 1, a numpy.random.RandomState or "
+            f"None, but is {random_state!r}."
+        ) from None
+    return int(source.randint(2**31 - 1))
+
+
 def standardized(
     inputs: Tensor, *, each: bool
 ) -> tuple[Tensor, Tensor, Tensor]:  # (n, p) -> (n, p), (p,), (p,)
@@ -114,13 +178,13 @@ def standardized(
     Raises:
         ValueError: A scale is so small that its reciprocal, and so a weight, overflows.
     """
-    power = _power_of_2(inputs.abs().amax(0))
+    power = power_of_2(inputs.abs().amax(0))
     inputs = inputs / power
     mean, spread = inputs.mean(0), inputs.std(0, correction=0)
     constant = spread <= 10 * torch.finfo(inputs.dtype).eps * mean.abs()
     scale = torch.where(constant, 0.0, spread * power)
     if not each:
-        largest = _power_of_2(scale.amax())
+        largest = power_of_2(scale.amax())
         scale = largest * (scale / largest).square().mean().sqrt().expand_as(scale)
     scale = torch.where(constant, power, scale)
     if not scale.reciprocal().isfinite().all():
@@ -129,15 +193,6 @@ def standardized(
         )
     inputs = torch.where(constant, 0.0, (inputs - mean) / (scale / power))
     return inputs, mean * power, scale
-
-
-def _power_of_2(values: Tensor) -> Tensor:
-    """The power of 2 at or below each, 1 for 0.
-
-    Division by it rounds nothing, and what is left can be squared.
-    """
-    mantissa, _ = torch.frexp(values)
-    return torch.where(mantissa == 0, 1.0, values / (2 * mantissa))
 
 
 def as_array(values: Any) -> Any:

@@ -13,19 +13,21 @@ from typing import Any, Self
 import numpy as np
 from sklearn.base import RegressorMixin
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils.validation import check_is_fitted, check_random_state
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from bayes_svdo.distributions import LogUniform
-from bayes_svdo.inference.arguments import check_count, check_flag
+from bayes_svdo.inference.arguments import check_count, check_flag, check_name
 from bayes_svdo.inference.elbo import TraceAnalyticKL_ELBO
 from bayes_svdo.inference.estimator_bases import (
     Array,
+    KernelEstimator,
     LinearClassifier,
     TorchClassifier,
     TorchEstimator,
     as_array,
     check_number,
+    seed_of,
     standardized,
 )
 from bayes_svdo.inference.exact_regression import fit_vdard_regression
@@ -33,9 +35,12 @@ from bayes_svdo.inference.exact_regression_data import ConstantTargetError
 from bayes_svdo.inference.guide import AdditiveNoiseGuide
 from bayes_svdo.inference.l1 import fit_l1_logistic
 from bayes_svdo.inference.relevance_vector_machine import (
+    RVMClassification,
+    RVMRegression,
     fit_rvm_classification,
     fit_rvm_regression,
 )
+from bayes_svdo.inference.surroundings import random_numbers_kept
 from bayes_svdo.inference.svi import fit
 from bayes_svdo.models import BayesianNetwork, Bernoulli, Categorical, logistic_regression
 
@@ -94,12 +99,15 @@ class VDARDRegressor(RegressorMixin, TorchEstimator):  # type: ignore[misc]
 
         Raises:
             DegenerateObjectiveError: The objective has no maximum; the message has the remedy.
+
+        Warns:
+            NoiseCollapseWarning: Noise was taken for signal; the message has the remedy.
         """
         inputs, targets = self._training_data(X, y, y_numeric=True)
         targets = targets.astype(np.float64)
         bound = self.min_noise
         if bound is None:
-            degrees = inputs.shape[0] - bool(self.fit_intercept)
+            degrees = inputs.shape[0] - check_flag("fit_intercept", self.fit_intercept)
             bound = 1e-4 if inputs.shape[1] < degrees else 0.0
         try:
             found = fit_vdard_regression(
@@ -214,9 +222,11 @@ class VDARDClassifier(LinearClassifier):
         check_count("batch_size", self.batch_size)
         check_count("max_iter", self.max_iter)
         each = check_flag("standardize", self.standardize)
+        seed = seed_of(self.random_state)
+        kl = LogUniform(check_name("kl", self.kl))  # type: ignore[arg-type]
         inputs, labels = self._labelled_data(X, y)
         inputs, mean, scale = standardized(inputs, each=each)
-        posterior = self._fit_svi(inputs.float(), labels)
+        posterior = self._fit_svi(inputs.float(), labels, kl, seed)
         (log_alpha,) = posterior.log_alpha().values()
         (weight,) = posterior.means().values()
         _, log_sigma2 = posterior.guide.parameters_of("linear.weight")
@@ -229,16 +239,18 @@ class VDARDClassifier(LinearClassifier):
         self.n_iter_ = int(posterior.history[-1]["step"])
         return self
 
-    def _fit_svi(self, x: Tensor, labels: Tensor) -> Any:
+    def _fit_svi(self, x: Tensor, labels: Tensor, prior: LogUniform, seed: int) -> Any:
         binary = len(self.classes_) == 2
         y = labels[:, None].float() if binary else labels
         batch_size = min(self.batch_size, len(x))
-        net = logistic_regression(x.shape[1], 1 if binary else len(self.classes_)).to(x.device)
+        with random_numbers_kept(x.device):  # a layer draws weights, though these become 0
+            net = logistic_regression(x.shape[1], 1 if binary else len(self.classes_))
+        net = net.to(x)
         model = BayesianNetwork(
             net,
             Bernoulli() if binary else Categorical(),
             len(x),
-            LogUniform(self.kl),  # type: ignore[arg-type]
+            prior,
         )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "training was interrupted")
@@ -252,7 +264,7 @@ class VDARDClassifier(LinearClassifier):
                 lr=self.lr,
                 kl_warmup=self.kl_warmup,
                 threshold=self.threshold,
-                seed=int(check_random_state(self.random_state).randint(2**31 - 1)),
+                seed=seed,
                 device=x.device,
                 progress=False,
             )
@@ -310,7 +322,7 @@ class L1LogisticRegression(LinearClassifier):
         return self
 
 
-class RVMRegressor(RegressorMixin, TorchEstimator):  # type: ignore[misc]
+class RVMRegressor(RegressorMixin, KernelEstimator):  # type: ignore[misc]
     """Relevance vector regression (Tipping 2001).
 
     See :func:`~bayes_svdo.inference.relevance_vector_machine.fit_rvm_regression`.
@@ -338,6 +350,8 @@ class RVMRegressor(RegressorMixin, TorchEstimator):  # type: ignore[misc]
         n_iter_: Number of rounds.
     """
 
+    _machine: RVMRegression
+
     def __init__(
         self,
         *,
@@ -354,11 +368,6 @@ class RVMRegressor(RegressorMixin, TorchEstimator):  # type: ignore[misc]
         self.kernel, self.gamma, self.degree, self.coef0 = kernel, gamma, degree, coef0
         self.fit_intercept, self.method = fit_intercept, method
         self.tol, self.max_iter, self.device = tol, max_iter, device
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.input_tags.pairwise = self.kernel == "precomputed"
-        return tags
 
     def fit(self, X: Any, y: Any) -> Self:
         """Fit to ``X``, shape ``(n_samples, n_features)``, and ``y``, shape ``(n_samples,)``."""
@@ -393,7 +402,7 @@ class RVMRegressor(RegressorMixin, TorchEstimator):  # type: ignore[misc]
         return (mean, std) if return_std else mean
 
 
-class RVMClassifier(TorchClassifier):
+class RVMClassifier(TorchClassifier, KernelEstimator):
     """Relevance vector classification, one set of weights per class (Tipping 2001).
 
     See :func:`~bayes_svdo.inference.relevance_vector_machine.fit_rvm_classification`.
@@ -424,6 +433,8 @@ class RVMClassifier(TorchClassifier):
         n_iter_: Rounds of the longest fit.
     """
 
+    _machine: RVMClassification
+
     def __init__(
         self,
         *,
@@ -440,11 +451,6 @@ class RVMClassifier(TorchClassifier):
         self.kernel, self.gamma, self.degree, self.coef0 = kernel, gamma, degree, coef0
         self.fit_intercept, self.method = fit_intercept, method
         self.tol, self.max_iter, self.device = tol, max_iter, device
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.input_tags.pairwise = self.kernel == "precomputed"
-        return tags
 
     def fit(self, X: Any, y: Any) -> Self:
         """Fit to ``X``, shape ``(n_samples, n_features)``, and labels ``y``, ``(n_samples,)``."""

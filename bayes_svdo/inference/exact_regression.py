@@ -41,11 +41,14 @@ from bayes_svdo.inference.exact_regression_data import (
     DegenerateObjectiveError,
     Method,
     NaturalUnits,
+    NoiseCollapseWarning,
     Start,
+    check_beside,
     check_constant,
     check_interpolation,
     check_noise,
     check_options,
+    check_precision,
     checked_data,
     checked_inputs,
     given_precision,
@@ -53,9 +56,15 @@ from bayes_svdo.inference.exact_regression_data import (
     natural_units,
     problems_of,
     start_names,
+    warn_of_collapse,
 )
 
-__all__ = ["DegenerateObjectiveError", "VDARDRegression", "fit_vdard_regression"]
+__all__ = [
+    "DegenerateObjectiveError",
+    "NoiseCollapseWarning",
+    "VDARDRegression",
+    "fit_vdard_regression",
+]
 
 
 @dataclass(frozen=True)
@@ -137,9 +146,11 @@ class VDARDRegression:
 
         Raises:
             TypeError: ``x`` is not a dense real tensor.
-            ValueError: ``x`` has another number of features, or NaN or infinite values.
+            ValueError: ``x`` has another number of features, leading dimensions that do not
+                broadcast with those of the fit, NaN or infinite values, or is on another device.
         """
         x = checked_inputs(x, self.loc.shape[-1], self.loc.dtype)
+        check_beside(x, self.loc)
         mean = (x @ self.loc[..., None])[..., 0] + self.intercept[..., None]
         if not return_std:
             return mean
@@ -210,6 +221,10 @@ def fit_vdard_regression(
             function of few features, or no fewer features than observations with ``kl_weight``
             of 1 or less.
 
+    Warns:
+        NoiseCollapseWarning: There are no fewer features than observations, ``kl_weight`` is
+            little above 1, and what was kept explains noise; the message has the remedy.
+
     >>> x = torch.eye(4, dtype=torch.float64).repeat(25, 1)
     >>> y = x @ torch.tensor([2.0, -1.0, 0.0, 0.0], dtype=torch.float64)
     >>> y = y + 0.1 * torch.linspace(-1, 1, 100, dtype=torch.float64)
@@ -234,13 +249,18 @@ def fit_vdard_regression(
             check_constant(data)
         problems = problems_of(data, degrees, weight, precision, min_noise, kl)
         if precision is None and min_noise == 0 and weight <= 1 and dim >= degrees:
-            check_interpolation(problems)
+            check_interpolation(problems, num_data)
         rate = (1e-9 if dtype == torch.float64 else 1e-6) if tol is None else tol
         run = _run(problems, names, method, max_iter, rate * num_data)
         if method == "alternating":
             run = _pruned(problems, run)
     with torch.no_grad():  # not inference mode: users may go on with autograd
         found = _best(problems, data, run, num_data if fit_intercept else None)
+    if precision is None:
+        check_precision(found["beta"])
+        warn_of_collapse(
+            found["log_alpha"], found["beta"], data.y_scale, degrees, weight, min_noise
+        )
     batch = x.shape[1:-2]
     shaped = {name: value.view((*batch, *value.shape[1:])) for name, value in found.items()}
     for name in ("loc", "log_alpha", "sigma2", "relevance", "x_mean"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Literal, NamedTuple, get_args
@@ -15,6 +16,12 @@ from bayes_svdo.inference.arguments import check_flag
 from bayes_svdo.inference.exact_regression_ascent import Problems, State
 from bayes_svdo.inference.exact_regression_curves import KL, tabulate
 
+# Of the degrees of freedom, that weights may use up (see warn_of_collapse); less where features
+# that mean nothing would by themselves be kept in so large a number. Chosen on made-up data with
+# 1 to 10 times as many features as observations, 0 to 80 % of the observations relevant.
+_LARGEST_SHARE = 0.35
+_SUSPECT_SHARE, _MUCH_NOISE = 0.3, 0.55
+
 # Of a column of norm 1 from the span of those before it. Closer, the Gram matrix loses digits.
 _LEAST_DISTANCE = 0.03
 
@@ -26,6 +33,10 @@ class DegenerateObjectiveError(ValueError):
     """The objective has no maximum: the noise would vanish and the ELBO grow without bound."""
 
 
+class NoiseCollapseWarning(UserWarning):
+    """The noise is underestimated: too many of the observations went into choosing features."""
+
+
 class ConstantTargetError(DegenerateObjectiveError):
     """The target is constant up to rounding, and its noise is to be learned."""
 
@@ -34,7 +45,7 @@ def checked_data(x: Tensor, y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
     """``x`` (..., N, D) and ``y`` (..., N) in ``dtype``, with the same leading dimensions."""
     _check_tensor("x", x)
     _check_tensor("y", y)
-    if dtype not in (torch.float32, torch.float64):
+    if not isinstance(dtype, torch.dtype) or dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype must be torch.float64 or torch.float32, got {dtype}.")
     if x.device != y.device:
         raise TypeError(f"x is on {x.device} but y is on {y.device}; move one of them.")
@@ -77,6 +88,23 @@ def checked_inputs(x: Tensor, dim: int, dtype: torch.dtype) -> Tensor:  # (..., 
         bad = int((~x.isfinite()).sum())
         raise ValueError(f"x contains NaN or infinity ({bad} of {x.numel()} values).")
     return x.to(dtype)
+
+
+def check_beside(x: Tensor, weights: Tensor) -> None:  # (..., M, D), (..., D)
+    """Refuse inputs that are elsewhere than the weights, or for other problems."""
+    if x.device != weights.device:
+        raise ValueError(
+            f"x is on {x.device} but the fit is on {weights.device}.\n"
+            f"  Try x.to({str(weights.device)!r})."
+        )
+    batch = tuple(weights.shape[:-1])
+    try:
+        torch.broadcast_shapes(x.shape[:-2], batch)
+    except RuntimeError:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, whose leading dimensions {tuple(x.shape[:-2])} do not "
+            f"broadcast with {batch}, those of the problems that were fitted."
+        ) from None
 
 
 def _check_tensor(name: str, value: object) -> None:
@@ -128,6 +156,11 @@ def _named_kl_weight(name: str, num_data: int) -> float:
             f'kl_weight must be a positive number, "aic", "bic" or a percentage such as "5%", '
             f"got {name!r}."
         )
+    return _threshold(share)
+
+
+def _threshold(share: float) -> float:
+    """The ``kl_weight`` that keeps this share of weights that are truly 0."""
     # The quantile of chi-square with one degree of freedom.
     return 2 * float(torch.erfinv(torch.tensor(1 - share, dtype=torch.float64)).square())
 
@@ -155,7 +188,7 @@ def check_options(
     ):
         if not _is_a(kind, value):
             raise TypeError(f"{name} must be {wanted}, got {value!r}.")
-    if method not in get_args(Method):
+    if not isinstance(method, str) or method not in get_args(Method):
         raise ValueError(f'method must be "joint" or "alternating", got {method!r}.')
     if not 0 <= min_noise < 1:
         raise ValueError(f"min_noise must be in [0, 1), got {min_noise}.")
@@ -178,7 +211,7 @@ def start_names(
     if not isinstance(starts, Sequence):
         raise TypeError(f'starts must be a tuple of "zero", "ols" and "ridge", got {starts!r}.')
     names = tuple(starts)
-    unknown = [name for name in names if name not in get_args(Start)]
+    unknown = [name for name in names if not (isinstance(name, str) and name in get_args(Start))]
     if isinstance(starts, str) or not names or unknown:
         raise ValueError(f'starts must be a tuple of "zero", "ols" and "ridge", got {starts!r}.')
     if "ols" in names and dim >= degrees:
@@ -305,6 +338,16 @@ def given_precision(
     return given.reshape(-1, 1) * y_scale[:, None].square()
 
 
+def check_precision(beta: Tensor) -> None:
+    """Refuse units of ``y`` whose square is out of range; ``beta`` is in them."""
+    tiny = torch.finfo(beta.dtype).tiny  # below it, digits are lost
+    if not ((beta >= tiny) & (beta <= 1 / tiny)).all():
+        raise ValueError(
+            "the values of y are so large or so small that the precision of the noise overflows "
+            f"or underflows {beta.dtype}; rescale them first."
+        )
+
+
 def check_constant(data: NaturalUnits) -> None:
     """Refuse a constant ``y``, whose noise cannot be learned."""
     if data.constant.any():
@@ -362,7 +405,7 @@ _REMEDY = (
 )
 
 
-def check_interpolation(problems: Problems) -> None:
+def check_interpolation(problems: Problems, num_data: int) -> None:
     """With as many degrees of freedom as data, the noise vanishes at no price in the KL."""
     basis, size, _ = torch.linalg.svd(problems.x_rows.mT, full_matrices=False)
     eps = torch.finfo(size.dtype).eps * max(problems.x_rows.shape[-2:])
@@ -372,11 +415,66 @@ def check_interpolation(problems: Problems) -> None:
     if perfect.any():
         dim = problems.x_rows.shape[-2]
         raise DegenerateObjectiveError(
-            f"the {dim} features fit y without error{_which(perfect)}, and with kl_weight = "
-            f"{problems.kl_weight:g} <= 1 that costs no more than it gains: the ELBO has no "
-            "maximum as the noise goes to 0.\n  Try kl_weight above 1, such as 'aic' (2), "
-            f"{_REMEDY}"
+            f"the {dim} features fit y without error{_which(perfect)}, n_samples = {num_data}, and "
+            f"with kl_weight = {problems.kl_weight:g} <= 1 that costs no more than it gains: the "
+            "ELBO has no maximum as the noise goes to 0.\n  Try kl_weight above 1, better "
+            f"{_sufficient_kl_weight(dim, problems.num_data):g} or more, {_REMEDY}"
         )
+
+
+def _sufficient_kl_weight(dim: int, degrees: float) -> float:
+    """A ``kl_weight`` from which on the noise was underestimated by no more than a third.
+
+    With that many features, of which those that mean nothing would by themselves take up a third
+    of the degrees of freedom; and 2 or more. Rounded up.
+    """
+    share = min(degrees / (3 * dim), 0.5)
+    return max(2.0, math.ceil(10 * _threshold(share)) / 10)
+
+
+def warn_of_collapse(
+    log_alpha: Tensor,
+    beta: Tensor,
+    y_scale: Tensor,
+    degrees: int,
+    weight: float,
+    min_noise: float,
+) -> None:
+    """Warn where features, as many as degrees of freedom, explain noise as if it were signal.
+
+    The kept weights then use up a large part of the degrees of freedom, ``sum 1 / (1 + alpha)``,
+    and the more the noise shrinks, the more significant they look. Few relevant features use up
+    little, however small the noise: what is suspect is the number of them, not an exact fit.
+
+    Args:
+        log_alpha: Of the fit, (B, D).
+        beta: Precision of the noise, (B,).
+        y_scale: Norm of the target about its mean, (B,).
+        degrees: Degrees of freedom.
+        weight: The weight of the KL.
+        min_noise: Bound of the noise; where it is reached, it is the user's and not our answer.
+    """
+    dim = log_alpha.shape[-1]
+    if dim < degrees:
+        return
+    enough = _sufficient_kl_weight(dim, degrees)
+    from_noise = dim / degrees * math.erfc(math.sqrt(weight / 2))  # of orthogonal features
+    used = torch.sigmoid(-log_alpha).sum(-1) / degrees
+    collapsed = used > (_SUSPECT_SHARE if from_noise > _MUCH_NOISE else _LARGEST_SHARE)
+    noise = (degrees / beta).sqrt() / y_scale
+    collapsed &= noise > 1.001 * min_noise
+    if weight >= enough or not collapsed.any():
+        return
+    worst = int((used * collapsed).argmax())
+    warnings.warn(
+        f"the noise may have collapsed{_which(collapsed)}: with kl_weight = {weight:g}, "
+        f"{int(log_alpha[worst].isfinite().sum())} of {dim} features are kept and use up "
+        f"{float(used[worst]):.0%} of {degrees} degrees of freedom; the noise that is left is "
+        f"{float(noise[worst]):.2g} of the standard deviation of y. Predictive deviations are then "
+        f"far too small.\n  Try kl_weight of {enough:g} or more, or noise_precision where known.",
+        NoiseCollapseWarning,
+        stacklevel=3,
+    )
 
 
 def _noise_floor(like: Tensor) -> float:

@@ -12,9 +12,10 @@ import torch
 from sklearn.model_selection import StratifiedKFold, check_cv
 from torch import Tensor
 
+from bayes_svdo.inference.arguments import check_flag, check_name, check_rate, check_seed
 from bayes_svdo.inference.l1 import L1LogisticFit, fit_l1_logistic, l1_logistic_path, l1_min_c
 from bayes_svdo.inference.l1_solver import Solver
-from bayes_svdo.inference.l1_validation import check_Cs, check_data
+from bayes_svdo.inference.l1_validation import check_Cs, check_data, check_options, check_tol
 
 __all__ = ["L1CrossValidation", "cross_validate_l1"]
 
@@ -90,11 +91,16 @@ def cross_validate_l1(
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If an argument has the wrong shape or value, or a training part lacks a class.
     """
-    if scoring not in ("log_loss", "accuracy"):
+    if check_name("scoring", scoring) not in ("log_loss", "accuracy"):
         raise ValueError(f'scoring must be "log_loss" or "accuracy"; got {scoring!r}.')
-    if rule not in ("best", "one_standard_error"):
+    if check_name("rule", rule) not in ("best", "one_standard_error"):
         raise ValueError(f'rule must be "best" or "one_standard_error"; got {rule!r}.')
+    fit_intercept = check_flag("fit_intercept", fit_intercept)
+    check_options(max_iter, solver)
+    path_tol = check_rate("path_tol", path_tol)
+    random_state = check_seed(random_state, "random_state")
     _, num_classes = check_data(x, y, None)
+    check_tol(tol, x.dtype)
     grid = _grid(x, y, Cs, fit_intercept)
     scores = [
         _score_fold(x, y, train, test, grid, fit_intercept, path_tol, max_iter, solver)
@@ -124,8 +130,8 @@ def cross_validate_l1(
 def _grid(
     x: Tensor, y: Tensor, Cs: int | Iterable[float] | Tensor, fit_intercept: bool
 ) -> list[float]:
-    if not isinstance(Cs, (int, np.integer)):
-        return sorted(check_Cs(Cs))
+    if not isinstance(Cs, (int, np.integer)) or isinstance(Cs, bool):
+        return sorted(check_Cs(Cs))  # type: ignore[arg-type]
     if Cs < 1:
         raise ValueError(f"Cs must be at least one point; got {Cs}.")
     smallest = l1_min_c(x, y, fit_intercept=fit_intercept)

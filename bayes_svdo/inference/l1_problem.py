@@ -6,6 +6,7 @@ intercept is one more row of ones whose penalty is zero, so hardly a formula tre
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bayes_svdo.inference.l1_losses import AbstractLoss, BinaryLoss, MultinomialLoss
+from bayes_svdo.inference.scales import power_of_2
 
 _ROUNDING = 4.0  # of a sum over samples, in units of the last place
 
@@ -91,13 +93,35 @@ class L1Problem:
         if self.fit_intercept:
             shrink = loss.balance(probs)
             correlation = (residual * shrink) @ self.design.T
-        excess = self.relative(correlation).amax() if self.num_penalised else value.new_zeros(())
-        shrink = shrink / excess.clamp(min=1.0)
-        dual = loss.entropy(loss.target + shrink * (probs - loss.target))
-        total, gap = torch.stack([value, value - dual]).tolist()
+        gaps = [value - self._dual(probs, shrink, correlation, self.penalty)]
+        # No correlation can be held below a penalty that is less than its rounding. There the bound
+        # is that of a penalty larger by the rounding, whose minimum is above ours by no more than
+        # the rounding times our weights at the minimum; those are taken for at most twice these.
+        rounding = self._rounding_of_correlations(probs)
+        doubt = 2.0 * rounding * weight[:, : self.num_penalised].abs().sum()
+        gaps.append(value - self._dual(probs, shrink, correlation, self.penalty + rounding) + doubt)
+        total, strict, loose = torch.stack([value, *(gap.clamp(min=0.0) for gap in gaps)]).tolist()
         # No difference of two sums is known better than their rounding.
-        gap = max(gap, 0.0) + _ROUNDING * torch.finfo(value.dtype).eps * total
+        gap = min(strict, loose) + _ROUNDING * torch.finfo(value.dtype).eps * total
         return Evaluation(logits, probs, residual, gradient, total, gap)
+
+    def _dual(
+        self, probs: Tensor, shrink: Tensor, correlation: Tensor, penalty: Tensor
+    ) -> Tensor:  # (K, n), (n,), (K, D), (D,) -> ()
+        """The dual objective where the residual, shrunk, correlates no more than the penalty."""
+        num = self.num_penalised
+        if num:
+            excess = (correlation[:, :num].abs() / penalty[:num]).amax()
+            shrink = shrink / excess.clamp(min=1.0)
+        return self.loss.entropy(self.loss.target + shrink * (probs - self.loss.target))
+
+    def _rounding_of_correlations(self, probs: Tensor) -> Tensor:  # (K, n) -> ()
+        """Of the standardised features with the residual, by Cauchy and Schwarz."""
+        scale = self.loss.scale
+        largest = scale.amax()  # whose square may overflow
+        # A probability of 1 has an error of 1 unit in the last place, whatever it is less a target.
+        norm: Tensor = largest * ((scale / largest) * probs).norm()
+        return _ROUNDING * torch.finfo(probs.dtype).eps * math.sqrt(len(scale)) * norm
 
     @property
     def num_penalised(self) -> int:
@@ -132,8 +156,8 @@ def standardised_problem(
         features.copy_(x.T)
         info = torch.finfo(x.dtype)
         size = features.abs().amax(1)
-        # A power of two: dividing by it rounds nothing, and squares neither overflow nor underflow.
-        unit = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent)
+        # Dividing by it rounds nothing, and squares neither overflow nor underflow.
+        unit = power_of_2(size)
         dead = size < info.tiny / info.eps
         unit = torch.where(dead, 1.0, unit)
         features /= unit[:, None]
@@ -142,7 +166,7 @@ def standardised_problem(
                 mean = features.mean(1)
                 features -= mean[:, None]
                 offset[:num_features] += unit * mean
-            dead |= features.abs().amax(1) <= 8.0 * info.eps
+            dead |= features.abs().amax(1) <= 16.0 * info.eps  # of values between 1 and 2
         features[dead] = 0.0
         root = torch.where(dead, 1.0, features.square().mean(1).sqrt())
         features /= root[:, None]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from numbers import Real
 
 import torch
 from torch import Tensor
+
+from bayes_svdo.inference.arguments import check_count, check_rate, is_number
 
 _DEFAULT_TOL = {torch.float64: 1e-6, torch.float32: 1e-4}
 
@@ -81,32 +82,29 @@ def _check_classes(y: Tensor, weights: Tensor) -> int:
 
 def check_Cs(Cs: Iterable[float] | Tensor) -> list[float]:
     """The grid as floats, or an error that names the value that is no ``C``."""
+    if not isinstance(Cs, Iterable) or getattr(Cs, "ndim", 1) != 1:
+        raise TypeError(f"Cs must be a list of numbers; got {Cs!r}. For one value, try [C].")
     values: Sequence[object] = Cs.tolist() if isinstance(Cs, Tensor) else list(Cs)
     if not values:
         raise ValueError("Cs must hold at least one value; got none.")
     grid = []
     for value in values:
-        if not isinstance(value, Real) or not 0.0 < float(value) < math.inf:
+        if not is_number(value) or not 0.0 < float(value) < math.inf:  # type: ignore[arg-type]
             raise ValueError(
                 f"C must be a positive, finite number; got {value!r}. "
                 "For almost no penalty, try a large C, such as 1e4."
             )
-        grid.append(float(value))
+        grid.append(float(value))  # type: ignore[arg-type]
     return grid
 
 
 def check_options(max_iter: int, solver: str) -> None:
     """Refuse options that name nothing."""
-    if max_iter < 1:
-        raise ValueError(f"max_iter must be at least 1; got {max_iter}.")
-    if solver not in ("auto", "newton", "fista"):
+    check_count("max_iter", max_iter)
+    if not isinstance(solver, str) or solver not in ("auto", "newton", "fista"):
         raise ValueError(f'solver must be "auto", "newton" or "fista"; got {solver!r}.')
 
 
 def check_tol(tol: float | None, dtype: torch.dtype) -> float:
     """The tolerance, or its default for the precision."""
-    if tol is None:
-        return _DEFAULT_TOL[dtype]
-    if not 0.0 < tol < math.inf:
-        raise ValueError(f"tol must be positive and finite; got {tol}.")
-    return tol
+    return _DEFAULT_TOL[dtype] if tol is None else check_rate("tol", tol)

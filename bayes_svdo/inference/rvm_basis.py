@@ -93,7 +93,9 @@ def check_features(x: Tensor, name: str = "x") -> None:
         raise ValueError(f"{name} has {bad} values that are NaN or infinite of {x.numel()}.")
 
 
-def check_options(fit_intercept: object, method: str, tol: float, max_iter: int) -> bool:
+def check_options(
+    fit_intercept: object, method: str, tol: float, max_iter: int, max_kernel_bytes: int
+) -> bool:
     """Refuse options out of range; whether there is an intercept, as a ``bool``.
 
     Raises:
@@ -101,11 +103,12 @@ def check_options(fit_intercept: object, method: str, tol: float, max_iter: int)
         ValueError: There is no such method, or no search can stop by ``tol`` and ``max_iter``.
     """
     fit_intercept = check_flag("fit_intercept", fit_intercept)
-    if method not in get_args(Method):
+    if not isinstance(method, str) or method not in get_args(Method):
         raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}.")
     if not is_number(tol) or not 0 < tol < math.inf:
         raise ValueError(f"tol must be positive and finite, in nats, got {tol!r}.")
     check_count("max_iter", max_iter)
+    check_count("max_kernel_bytes", max_kernel_bytes, least=0)
     return fit_intercept
 
 
@@ -138,7 +141,8 @@ class BasisFunctions:
 
         Raises:
             TypeError: ``x`` is not a float32 or float64 tensor.
-            ValueError: ``x`` has the wrong number of columns, or values that are not finite.
+            ValueError: ``x`` has the wrong number of columns, or values that are not finite, or
+                the kernel has.
         """
         check_features(x)
         if x.shape[1] != self.num_columns:
@@ -161,7 +165,14 @@ class BasisFunctions:
             )
         if self.kernel in ("linear", "precomputed"):
             return x[:, self.indices]
-        return self.evaluate(x, self.centres)
+        phi = self.evaluate(x, self.centres)
+        if not bool(phi.isfinite().all()):
+            raise ValueError(
+                f"kernel={self.kernel!r} overflows {x.dtype} at this x, whose largest value is "
+                f"{float(x.abs().max()):g}.\n  Try inputs of the scale that the machine was fitted "
+                "to."
+            )
+        return phi
 
     def evaluate(self, x: Tensor, centres: Tensor) -> Tensor:  # (n, d), (m, d) -> (n, m)
         """Kernel between ``x`` and ``centres``, for kernels that have centres."""
@@ -183,12 +194,23 @@ class BasisFunctions:
                 f"kernel(a, b) must return {x.dtype} on {x.device}, like its arguments, got "
                 f"{phi.dtype} on {phi.device}."
             )
+        if not bool(phi.isfinite().all()):
+            bad = int((~phi.isfinite()).sum())
+            raise ValueError(
+                f"kernel(a, b) must return finite numbers, got {bad} of {phi.numel()} that are NaN "
+                f"or infinite, for a of shape {tuple(x.shape)} and b of shape "
+                f"{tuple(centres.shape)}."
+            )
         return phi
 
     def at(self, x: Tensor, indices: Tensor) -> BasisFunctions:
         """The basis functions ``indices`` of training inputs ``x``."""
         centres = x[:0] if self.kernel in ("linear", "precomputed") else x[indices]
         return replace(self, indices=indices, centres=centres.clone())
+
+    def to(self, device: torch.device) -> BasisFunctions:
+        """The same on another device."""
+        return replace(self, indices=self.indices.to(device), centres=self.centres.to(device))
 
 
 def resolve_kernel(
@@ -209,7 +231,7 @@ def resolve_kernel(
     Raises:
         ValueError: An argument is out of its range, or a precomputed kernel is not square.
     """
-    if not callable(kernel) and kernel not in _NAMES:
+    if not callable(kernel) and not (isinstance(kernel, str) and kernel in _NAMES):
         raise ValueError(f"kernel must be one of {_NAMES} or a function, got {kernel!r}.")
     if kernel == "precomputed" and x.shape[0] != x.shape[1]:
         raise ValueError(
@@ -231,6 +253,10 @@ def resolve_kernel(
 
 
 def _resolve_gamma(x: Tensor, gamma: Gamma, needed: bool) -> float:
+    if not isinstance(gamma, str):
+        if not is_number(gamma) or not 0 < float(gamma) < math.inf:
+            raise _wrong_gamma(gamma)
+        return float(gamma)
     if gamma == "auto":
         return 1.0 / x.shape[1]
     if gamma == "scale" and not needed:
@@ -246,9 +272,11 @@ def _resolve_gamma(x: Tensor, gamma: Gamma, needed: bool) -> float:
                 "  Try scaled inputs."
             )
         return 1.0 / (x.shape[1] * variance)
-    if not is_number(gamma) or not 0 < float(gamma) < math.inf:
-        raise ValueError(f'gamma must be a positive number, "scale" or "auto", got {gamma!r}.')
-    return float(gamma)
+    raise _wrong_gamma(gamma)
+
+
+def _wrong_gamma(gamma: object) -> ValueError:
+    return ValueError(f'gamma must be a positive number, "scale" or "auto", got {gamma!r}.')
 
 
 def _rbf(x: Tensor, centres: Tensor, gamma: float, out: Tensor | None = None) -> Tensor:

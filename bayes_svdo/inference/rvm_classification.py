@@ -35,7 +35,7 @@ from bayes_svdo.inference.rvm_basis import (
 )
 from bayes_svdo.inference.rvm_fixed_point import iterate_logistic
 from bayes_svdo.inference.rvm_laplace import LaplaceMode, LogisticSearch
-from bayes_svdo.inference.rvm_posterior import AbstractSparseFunction
+from bayes_svdo.inference.rvm_posterior import AbstractSparseFunction, check_representable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +84,17 @@ class RVMClassification:
     def converged(self) -> bool:
         """Whether every machine's fit ended before ``max_iter``."""
         return all(machine.converged for machine in self.machines)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self.classes.device
+
+    def to(self, device: torch.device | str) -> RVMClassification:
+        """The same on another device."""
+        return RVMClassification(
+            self.classes.to(device), tuple(machine.to(device) for machine in self.machines)
+        )
 
     def decision_function(self, x: Tensor, *, moderated: bool = True) -> Tensor:
         """Log odds of ``classes[1]``, ``(n,)``, or of each class against the rest, ``(n, K)``."""
@@ -150,11 +161,12 @@ def fit_rvm_classification(
         TypeError: ``x`` is not a float tensor, ``y`` not a tensor, or ``fit_intercept`` neither
             True nor False.
         ValueError: ``y`` has a single class or is continuous, or an argument is out of its range,
-            NaN or infinite, or has the wrong shape.
+            NaN or infinite, or has the wrong shape; or the units of ``x`` are so extreme that a
+            variance of a weight leaves the range of its dtype.
         ArithmeticError: A posterior precision is singular to rounding.
     """
     check_inputs(x, y)
-    fit_intercept = check_options(fit_intercept, method, tol, max_iter)
+    fit_intercept = check_options(fit_intercept, method, tol, max_iter, max_kernel_bytes)
     classes = _check_labels(y)
     basis = resolve_kernel(x, kernel, gamma, degree, coef0)
     design = DesignMatrix(basis, x, centred=fit_intercept, max_bytes=max_kernel_bytes)
@@ -206,12 +218,15 @@ def _in_units_of_the_data(
         return torch.from_numpy(values).to(x.device)
 
     covariance = at_home(mode.covariance[order][:, order]) * torch.outer(scale, scale)
+    covariance = covariance.to(x.dtype)
+    alpha = (at_home(np.exp(mode.log_alpha[order])) / scale.square()).to(x.dtype)
+    check_representable(covariance, alpha)
     shift = at_home(mode.at.phi_mean[order]) / scale
     return LogisticRVM(
         basis=design.basis.at(x, indices),
         weights=(at_home(mode.mean[order]) * scale).to(x.dtype),
-        covariance=covariance.to(x.dtype),
-        alpha=(at_home(np.exp(mode.log_alpha[order])) / scale.square()).to(x.dtype),
+        covariance=covariance,
+        alpha=alpha,
         fit_intercept=design.centred,
         basis_mean=design.mean[indices] + shift.to(x.dtype),
         level=x.new_tensor(mode.intercept + float(mode.at.phi_mean @ mode.mean)),

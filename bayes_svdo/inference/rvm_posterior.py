@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -42,6 +43,20 @@ class AbstractSparseFunction:
     level_variance: Tensor
     log_evidence: Tensor
     converged: bool
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same function on another device."""
+        moved: dict[str, Any] = {
+            field.name: getattr(self, field.name).to(torch.device(device))
+            for field in fields(self)
+            if hasattr(getattr(self, field.name), "to")
+        }
+        return replace(self, **moved)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self.weights.device
 
     @property
     def relevance(self) -> Tensor:  # (m,)
@@ -102,3 +117,36 @@ class AbstractSparseFunction:
         phi = self.basis(x) - self.basis_mean
         variance = torch.linalg.vecdot(phi @ self.covariance, phi) + self.level_variance
         return phi @ self.weights + self.level, variance
+
+
+def check_representable(
+    covariance: Tensor, alpha: Tensor, noise_precision: float = 1.0, *, unit: float | None = None
+) -> None:
+    """Refuse a posterior whose variances or precisions leave the range of floating point.
+
+    Args:
+        covariance: Of the weights, ``(m, m)``.
+        alpha: Prior precisions of the weights, ``(m,)``.
+        noise_precision: That of the noise, of any dtype.
+        unit: Standard deviation of the targets, if they have a unit.
+
+    Raises:
+        ValueError: One is infinite, or so close to 0 that it has lost digits.
+    """
+    squares = torch.cat([covariance.diagonal(), alpha])
+    least = _least_square(covariance.dtype)
+    fits = ((squares >= least) & (squares <= 1 / least)).all()  # NaN does not
+    least = _least_square(torch.float64)  # which a Python float is
+    if bool(fits) and least <= noise_precision <= 1 / least:
+        return
+    where = "" if unit is None else f"y has a standard deviation of {unit:g}: "
+    raise ValueError(
+        f"{where}in these units a variance or a precision of the result, which has their square, "
+        f"overflows or underflows {covariance.dtype}.\n  Try rescaled x{' and y' if where else ''}."
+    )
+
+
+def _least_square(dtype: torch.dtype) -> float:
+    """Of which sums of products, smaller still, have all their digits."""
+    info = torch.finfo(dtype)
+    return info.tiny / info.eps

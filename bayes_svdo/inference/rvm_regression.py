@@ -23,6 +23,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
+from bayes_svdo.inference.arguments import is_number
 from bayes_svdo.inference.rvm_basis import (
     BasisFunctions,
     DesignMatrix,
@@ -35,8 +36,9 @@ from bayes_svdo.inference.rvm_basis import (
 )
 from bayes_svdo.inference.rvm_evidence import NoiseRange, WeightPosterior
 from bayes_svdo.inference.rvm_fixed_point import iterate
-from bayes_svdo.inference.rvm_posterior import AbstractSparseFunction
+from bayes_svdo.inference.rvm_posterior import AbstractSparseFunction, check_representable
 from bayes_svdo.inference.rvm_search import ActiveSet, search
+from bayes_svdo.inference.scales import power_of_2
 
 # Below these the rounding of the inner products shows in the residual.
 _LEAST_MIN_NOISE = {torch.float64: 1e-5, torch.float32: 1e-2}
@@ -125,27 +127,32 @@ def fit_rvm_regression(
     Raises:
         TypeError: ``x`` or ``y`` is not a float tensor, they differ in dtype, or ``fit_intercept``
             is neither True nor False.
-        ValueError: An argument is out of its range, NaN or infinite, or has the wrong shape.
+        ValueError: An argument is out of its range, NaN or infinite, or has the wrong shape; or
+            the units of ``x`` and ``y`` are so extreme that a variance leaves the range of its
+            dtype.
         ArithmeticError: An older update met a posterior precision singular to rounding.
     """
     check_inputs(x, y)
     if y.dtype != x.dtype:
         raise TypeError(f"x is {x.dtype} but y is {y.dtype}.\n  Try y.to(x.dtype).")
-    fit_intercept = check_options(fit_intercept, method, tol, max_iter)
-    min_noise = _check_noise(x.dtype, beta, min_noise)
+    fit_intercept = check_options(fit_intercept, method, tol, max_iter, max_kernel_bytes)
+    beta, min_noise = _check_noise(x.dtype, beta, min_noise)
     basis = resolve_kernel(x, kernel, gamma, degree, coef0)
     design = DesignMatrix(basis, x, centred=fit_intercept, max_bytes=max_kernel_bytes)
 
+    # By the power of 2 of the largest value, so that no square overflows or underflows.
+    scale = float(power_of_2(y.abs().amax()))
+    y = y / scale
     level = y.mean() if fit_intercept else y.new_zeros(())
     centred = y - level
     spread = float(centred.norm()) / math.sqrt(len(y))
     if spread <= 32 * torch.finfo(y.dtype).eps * abs(float(level)):
         spread = 0.0  # all that is left of a constant is rounding
     if spread == 0 and beta is None:
-        return _constant(basis, x, level, fit_intercept)
+        return _constant(basis, x, level * scale, fit_intercept)
 
-    unit = spread or 1.0
-    active = ActiveSet(design, centred / unit, len(y) - fit_intercept)
+    active = ActiveSet(design, centred / (spread or 1.0), len(y) - fit_intercept)
+    unit, level = (spread or 1.0) * scale, level * scale
     noise = NoiseRange(learned=beta is None, log_beta_max=-2 * math.log(min_noise))
     log_beta = _FIRST_LOG_BETA if beta is None else math.log(beta) + 2 * math.log(unit)
     if method == "fast":
@@ -168,19 +175,21 @@ def fit_rvm_regression(
     return result
 
 
-def _check_noise(dtype: torch.dtype, beta: float | None, min_noise: float | None) -> float:
-    """Refuse noise out of range; the ``min_noise`` to use."""
-    if beta is not None and not 0 < beta < math.inf:
+def _check_noise(
+    dtype: torch.dtype, beta: float | None, min_noise: float | None
+) -> tuple[float | None, float]:
+    """Refuse noise out of range; ``beta`` and the ``min_noise`` to use."""
+    if beta is not None and not (is_number(beta) and 0 < beta < math.inf):
         raise ValueError(f"beta, a noise precision, must be positive and finite, got {beta!r}.")
     least = _LEAST_MIN_NOISE[dtype]
     if min_noise is None:
         min_noise = max(1e-3, least)
-    if not least <= min_noise < 1:
+    if not (is_number(min_noise) and least <= min_noise < 1):
         raise ValueError(
             f"min_noise must be a fraction of the standard deviation of y in [{least}, 1) for "
             f"{dtype}, got {min_noise!r}."
         )
-    return min_noise
+    return None if beta is None else float(beta), float(min_noise)
 
 
 def _constant(
@@ -232,16 +241,20 @@ def _in_units_of_the_data(
         return torch.from_numpy(values).to(x.device)
 
     if beta is None:
-        beta = math.exp(posterior.log_beta) / unit**2
+        beta = math.exp(posterior.log_beta) / unit / unit  # its square may overflow where it cannot
     constant = -0.5 * active.num_data * math.log(2 * math.pi) - active.num_data * math.log(unit)
     if design.centred:
         constant -= 0.5 * math.log(design.num_data)
+    scale = scale * unit
     covariance = at_home(posterior.covariance[order][:, order]) * torch.outer(scale, scale)
+    covariance = covariance.to(x.dtype)
+    alpha = (at_home(np.exp(posterior.log_alpha[order])) / scale.square()).to(x.dtype)
+    check_representable(covariance, alpha, beta, unit=unit)
     return RVMRegression(
         basis=design.basis.at(x, indices),
-        weights=(at_home(posterior.mean[order]) * scale * unit).to(x.dtype),
-        covariance=(covariance * unit**2).to(x.dtype),
-        alpha=(at_home(np.exp(posterior.log_alpha[order])) / (scale * unit).square()).to(x.dtype),
+        weights=(at_home(posterior.mean[order]) * scale).to(x.dtype),
+        covariance=covariance,
+        alpha=alpha,
         fit_intercept=design.centred,
         basis_mean=design.mean[indices],
         level=level,

@@ -15,6 +15,7 @@ from bayes_svdo.inference.arguments import (
     check_count,
     check_flag,
     check_functions,
+    check_name,
     check_precision,
     check_rate,
     check_seed,
@@ -53,6 +54,20 @@ def test_what_is_no_flag_is_refused_by_name(value: Any) -> None:
     message = re.escape(f"standardize must be True or False, got {value!r}.")
     with pytest.raises(TypeError, match=message):
         check_flag("standardize", value)
+
+
+@pytest.mark.parametrize("value", [None, 3, True, ["fast"], np.ones(2)])
+def test_what_is_no_name_is_refused(value: Any) -> None:
+    assert check_name("kl", "exact") == "exact"
+    with pytest.raises(TypeError, match=re.escape(f"kl must be a name, but is {value!r}.")):
+        check_name("kl", value)
+
+
+def test_a_seed_and_a_device_are_called_as_the_user_calls_them() -> None:
+    with pytest.raises(ValueError, match="random_state must be an integer or None, but is 'a'"):
+        check_seed("a", "random_state")
+    with pytest.raises(ValueError, match="unknown device"):
+        choose_device(np.ones(2))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("value", [1, 0.1, np.float32(0.5), Fraction(1, 2)])

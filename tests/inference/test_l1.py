@@ -174,6 +174,38 @@ def test_units_of_the_features_and_C_trade_off(factor, noisy):
     assert other.objective * factor == pytest.approx(fit.objective, rel=1e-9)
 
 
+@pytest.mark.parametrize("num_classes", [2, 3])
+@pytest.mark.parametrize("factor", [1e-30, 1e-16, 1e16, 1e30, 1e150])
+def test_units_of_the_features_act_as_C_does(factor, num_classes, noisy):
+    """``C L(w x) + |w|`` of ``s x`` is, in ``v = s w``, the problem of ``x`` at ``s C``, over s."""
+    x, y = noisy(num_classes)
+    fit, other = (fit_l1_logistic(a, y, C=c) for a, c in ((factor * x, 0.5), (x, 0.5 * factor)))
+    assert fit.converged
+    assert other.converged
+    assert fit.objective * factor == pytest.approx(other.objective, rel=2e-6)
+    torch.testing.assert_close(fit.coef * factor, other.coef, rtol=1e-5, atol=1e-5)
+    if factor < 1:
+        assert not fit.coef.any()
+
+
+@pytest.mark.parametrize("solver", ["newton", "fista"])
+def test_a_penalty_that_is_lost_in_rounding_leaves_maximum_likelihood(solver, noisy):
+    x, y = noisy(2)
+    fit = fit_l1_logistic(1e30 * x, y, solver=solver, tol=1e-8)
+    assert fit.converged
+    theirs = LogisticRegression(C=np.inf, tol=1e-12, max_iter=1000).fit(x.numpy(), y.numpy())
+    np.testing.assert_allclose(1e30 * fit.coef, theirs.coef_, rtol=1e-2, atol=1e-3)
+    least = theirs.decision_function(x.numpy()) * (2 * y.numpy() - 1)
+    assert fit.objective == pytest.approx(np.log1p(np.exp(-least)).sum(), rel=1e-7)
+
+
+def test_classes_that_are_apart_have_no_minimum_without_a_penalty_and_are_no_false_success():
+    x = torch.linspace(-1, 1, 20, dtype=torch.float64)[:, None]
+    with pytest.warns(ConvergenceWarning, match="duality gap"):
+        fit = fit_l1_logistic(1e30 * x, (x[:, 0] > 0).long())
+    assert not fit.converged
+
+
 def test_integer_sample_weights_are_repetitions(noisy):
     x, y = noisy(3)
     counts = torch.arange(len(x)) % 3

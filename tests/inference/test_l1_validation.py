@@ -41,8 +41,8 @@ INF[0, 0] = math.inf
         (X, Y, {"C": math.inf}, ValueError, r"C must be a positive.*got inf.*large C"),
         (X, Y, {"C": math.nan}, ValueError, r"C must be a positive.*got nan"),
         (X, Y, {"C": "1"}, ValueError, r"C must be a positive.*got '1'"),
-        (X, Y, {"tol": 0.0}, ValueError, r"tol must be positive"),
-        (X, Y, {"max_iter": 0}, ValueError, r"max_iter must be at least 1; got 0"),
+        (X, Y, {"tol": 0.0}, ValueError, r"tol must be a positive number, but is 0.0"),
+        (X, Y, {"max_iter": 0}, ValueError, r"max_iter must be an integer of at least 1, but is 0"),
         (
             X,
             Y,

@@ -324,3 +324,20 @@ def test_a_full_search_says_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert fit_rvm_classification(*three_classes()).converged
+
+
+def test_features_so_large_that_a_variance_underflows_are_an_error():
+    x = torch.linspace(-1, 1, 30, dtype=torch.float64)[:, None]
+    y = (x[:, 0] + 0.5 * torch.sin(30 * x[:, 0]) > 0).long()
+    plain, scaled = fit_rvm_classification(x, y), fit_rvm_classification(x * 1e100, y)
+    torch.testing.assert_close(scaled.predict_proba(x * 1e100), plain.predict_proba(x))
+    with pytest.raises(ValueError, match=r"(?s)underflows torch.float64.*Try rescaled x\."):
+        fit_rvm_classification(x * 1e149, y)
+
+
+def test_on_another_device_the_machines_go_along():
+    x = torch.linspace(-1, 1, 30, dtype=torch.float64)[:, None]
+    found = fit_rvm_classification(x, (x[:, 0] + 0.5 * torch.sin(30 * x[:, 0]) > 0).long())
+    moved = found.to("meta")
+    assert moved.device.type == moved.machines[0].device.type == "meta"
+    assert torch.equal(found.to("cpu").predict(x), found.predict(x))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
 
 from bayes_svdo.inference.relevance_vector_machine import fit_rvm_regression
+from bayes_svdo.inference.rvm_posterior import check_representable
 
 
 def machine(**settings):
@@ -93,3 +95,28 @@ def test_predictions_can_be_differentiated_in_the_inputs():
     _, _, found = machine(kernel="rbf", gamma=0.2)
     point = torch.ones(1, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda p: found.latent(p), point)
+
+
+def test_on_another_device_it_is_the_same():
+    x, _, found = machine()
+    moved = found.to("meta")
+    assert moved.device.type == moved.basis.indices.device.type == "meta"
+    assert moved.covariance.shape == found.covariance.shape
+    assert moved.beta == found.beta
+    same = found.to(torch.device("cpu"))
+    torch.testing.assert_close(same.predict(x), found.predict(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_squares_out_of_range_are_refused(dtype):
+    info = torch.finfo(dtype)
+    one = torch.ones(2, dtype=dtype)
+    check_representable(one.diag(), one, 4.0)
+    check_representable(torch.empty(0, 0, dtype=dtype), one[:0])
+    for bad in (0.0, info.tiny, info.max, math.inf, math.nan):
+        for covariance, alpha in ((bad * one, one), (one, bad * one)):
+            with pytest.raises(ValueError, match=rf"underflows {dtype}.\n  Try rescaled x\."):
+                check_representable(torch.diag_embed(covariance), alpha)
+    for beta in (0.0, 1e-300, 1e300, math.inf):
+        with pytest.raises(ValueError, match=r"deviation of 2: .*(?s:.)*rescaled x and y"):
+            check_representable(one.diag(), one, beta, unit=2.0)

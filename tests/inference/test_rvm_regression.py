@@ -390,3 +390,50 @@ def test_targets_of_another_type_are_refused():
     x, y = sparse_data()
     with pytest.raises(TypeError, match=r"(?s)x is torch.float64 but y is torch.float32.*y.to"):
         fit_rvm_regression(x, y.float())
+
+
+@pytest.mark.parametrize("unit", [1e-144, 1e-100, 1e100, 1e144])
+@pytest.mark.parametrize("method", ["fast", "mackay"])
+def test_the_unit_of_the_target_does_not_matter_over_the_whole_range(unit, method):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 5, dtype=torch.float64, generator=generator)
+    y = 2 * x[:, 0] - x[:, 1] + 0.5 * torch.randn(60, dtype=torch.float64, generator=generator) + 1
+    plain = fit_rvm_regression(x, y, method=method)
+    scaled = fit_rvm_regression(x, y * unit, method=method)
+    assert torch.equal(scaled.relevance, plain.relevance)
+    torch.testing.assert_close(scaled.weights / unit, plain.weights, rtol=1e-6, atol=0)
+    for found, expected in zip(
+        scaled.predict(x, return_std=True), plain.predict(x, return_std=True), strict=True
+    ):
+        torch.testing.assert_close(found / unit, expected, rtol=1e-6, atol=1e-7)
+    assert scaled.beta * unit * unit == pytest.approx(plain.beta, rel=1e-6)
+    shift = len(y) * math.log(unit) - math.log(unit)
+    assert scaled.log_evidence[-1] + shift == pytest.approx(float(plain.log_evidence[-1]), abs=0.1)
+
+
+@pytest.mark.parametrize("unit", [5e-324, 1e-320, 1e-200, 1e-154, 1e154, 1e200, 1e308])
+def test_units_whose_square_is_out_of_range_are_an_error_and_no_constant(unit):
+    x = torch.linspace(-1, 1, 20, dtype=torch.float64)[:, None]
+    y = (x[:, 0] + 0.1 * torch.sin(40 * x[:, 0])) * (1 if unit > 1e-300 else 100) * unit
+    with pytest.raises(ValueError, match=r"(?s)y has a standard deviation of .*rescaled x and y"):
+        fit_rvm_regression(x, y)
+
+
+def test_a_target_in_float32_has_its_own_range():
+    x = torch.linspace(-1, 1, 20)[:, None]
+    y = x[:, 0] + 0.1 * torch.sin(40 * x[:, 0])
+    plain, scaled = fit_rvm_regression(x, y), fit_rvm_regression(x, y * 1e12)
+    torch.testing.assert_close(scaled.weights / 1e12, plain.weights, rtol=1e-4, atol=0)
+    with pytest.raises(ValueError, match=r"underflows torch.float32"):
+        fit_rvm_regression(x, y * 1e30)
+
+
+def test_a_constant_target_of_any_size_is_constant():
+    x = torch.linspace(-1, 1, 20, dtype=torch.float64)[:, None]
+    for value in (1e-300, 1e300, -1e308):
+        with pytest.warns(NoiseBoundWarning, match="y is constant"):
+            found = fit_rvm_regression(x, torch.full_like(x[:, 0], value))
+        assert float(found.level) == value
+    known = fit_rvm_regression(x, torch.full_like(x[:, 0], 1e100), beta=4.0)
+    assert not len(known.weights)
+    assert known.beta == 4.0
