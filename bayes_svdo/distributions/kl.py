@@ -172,11 +172,14 @@ class _LogAlpha(torch.autograd.Function):
             result = log_sigma2 - scaled.square.log()
             return torch.where(scaled.large, result + 2 * math.log(scaled.factor), result)
         # torch.hypot takes three times as long. The square is bounded, so that it cannot overflow;
-        # beyond the bound |loc| itself is the root to rounding, and the larger of the two.
-        limits, size = torch.finfo(loc.dtype), loc.abs()
-        root = size.clamp_max(limits.max**0.25)
+        # beyond the bound |loc| itself is the root to rounding, and the larger of the two. It is
+        # taken in place: new memory costs as much as five passes over the old.
+        limits = torch.finfo(loc.dtype)
+        bound = limits.max**0.25
+        root = loc.clamp(-bound, bound)
         root.mul_(root).add_(limits.tiny).sqrt_()
-        return torch.sub(log_sigma2, root.clamp_min_(size).log_(), alpha=2)
+        root.clamp_min_(loc).neg_().clamp_max_(loc).neg_()
+        return torch.sub(log_sigma2, root.log_(), alpha=2)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -233,6 +236,8 @@ class _Scaled(NamedTuple):
 
 
 def _slope_in_loc(loc: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():  # no second derivative is wanted
+        return _LogAlphaSlope.forward(loc)
     slope: Tensor = _LogAlphaSlope.apply(loc)
     return slope
 

@@ -79,8 +79,9 @@ class ScaleFreePrior(TorchDistribution):
 def kl_to_prior(log_alpha: Tensor, prior: ScaleFreePrior) -> Tensor:
     """KL per weight, in the shape that those of ``log_alpha`` and ``prior`` broadcast to."""
     kl = prior.kl_from(log_alpha)
-    shape = torch.broadcast_shapes(kl.shape, prior.batch_shape)
-    return kl.expand(shape)
+    if kl.shape == prior.batch_shape:  # as it is in every step
+        return kl
+    return kl.expand(torch.broadcast_shapes(kl.shape, prior.batch_shape))
 
 
 def _kl_normal(q: Normal, p: ScaleFreePrior) -> Tensor:

@@ -27,7 +27,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -116,9 +116,29 @@ def is_fused() -> bool:
 FunctionType = TypeVar("FunctionType", bound=type[torch.autograd.Function])
 
 
+class _GivenInFull(inspect.Signature):
+    """Of a function whose arguments are all given, in their order: there is nothing to bind."""
+
+    def bind(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch calls it, before every call of the function."""
+        return super().bind(*args, **kwargs) if kwargs else _Bound(args, {})
+
+
+class _Bound(NamedTuple):
+    """What torch uses of ``inspect.BoundArguments``."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def apply_defaults(self) -> None:
+        """There are none."""
+
+
 def signed(function: FunctionType) -> FunctionType:
-    """Keep the signature of ``forward``, which torch works out anew at every call."""
-    function.forward.__signature__ = inspect.signature(function.forward)  # type: ignore[attr-defined]
+    """Keep the signature of ``forward``, which torch works out and binds anew at every call."""
+    own = inspect.signature(function.forward)
+    kept = _GivenInFull(list(own.parameters.values()), return_annotation=own.return_annotation)
+    function.forward.__signature__ = kept  # type: ignore[attr-defined]
     return function
 
 

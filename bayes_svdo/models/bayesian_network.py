@@ -181,7 +181,7 @@ def _run(net: nn.Module, weights: dict[str, Tensor], x: Any) -> tuple[Tensor, in
     inputs = x if type(x) is tuple else (x,)  # a PackedSequence is a tuple, too, and one input
     shapes = {name: net.get_buffer(name).shape for name in weights}
     batches = [w.shape[: w.dim() - len(shapes[name])] for name, w in weights.items()]
-    batch = torch.broadcast_shapes(*batches)
+    batch = torch.broadcast_shapes(*batches) if any(batches) else torch.Size()
     if not batch:
         places = _NOISY_OUTPUTS.get()
         if not places:
