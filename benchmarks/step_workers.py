@@ -1,12 +1,13 @@
 """Processes that time a training step each, and take turns.
 
-A process has one library, one network and one thread, and gives its processor time on a CPU, wall
-time on a GPU; or as many threads as are asked for, and wall time.
+A process has one library, one network and one thread, on the core that all share, and gives its
+processor time on a CPU, wall time on a GPU; or as many threads as are asked for, and wall time.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import time
 from contextlib import contextmanager
@@ -51,6 +52,9 @@ class Case:
 
 def serve(pipe: Any, peer: str, case: Case) -> None:
     """A worker: builds its step, then times some whenever it is asked."""
+    if case.threads is None and case.device == "cpu" and hasattr(os, "sched_setaffinity"):
+        # All on one core: another would have other neighbours, and times a tenth apart.
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(case.threads or 1)
     torch.set_flush_denormal(True)
     matmul_precision, dtype = PRECISIONS[case.precision]
