@@ -109,8 +109,8 @@ def fused() -> Iterator[None]:
 
 
 def is_fused() -> bool:
-    """Whether this is within :func:`fused`."""
-    return _FUSED.get()
+    """Whether this is within :func:`fused`, or a user's own ``torch.compile``."""
+    return torch.compiler.is_compiling() or _FUSED.get()
 
 
 FunctionType = TypeVar("FunctionType", bound=type[torch.autograd.Function])

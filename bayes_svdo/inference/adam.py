@@ -71,7 +71,8 @@ class Adam(torch.optim.Adam):
         alike = all(
             len({(p.device, p.dtype) for p in group["params"]}) == 1 for group in self.param_groups
         )
-        if alike and all(states_of_group and all(states_of_group) for states_of_group in states):
+        complete = all(states_of_group and all(states_of_group) for states_of_group in states)
+        if self._sorted is None and alike and complete:
             self._sorted = [
                 _sorted(group["params"], of)
                 for group, of in zip(self.param_groups, states, strict=True)

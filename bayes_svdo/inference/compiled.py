@@ -245,6 +245,7 @@ class CompiledObjective(nn.Module):
     def _forget(self) -> None:
         self._graphs.clear()
         self._first.clear()
+        self._numbers = None  # which are where the parameters were
 
     def _place(self) -> torch.device:
         if not self._first:

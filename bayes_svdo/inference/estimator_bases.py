@@ -64,13 +64,13 @@ class KernelEstimator(TorchEstimator):
     def _new_inputs(self, X: Any) -> Tensor:
         check_is_fitted(self)
         if self._is_precomputed():
-            X = check_array(as_array(X), dtype=np.float64, estimator=self, input_name="X")
-            if X.shape[1] != self.n_features_in_:
+            array = check_array(as_array(X), dtype=np.float64, estimator=self, input_name="X")
+            if array.shape[1] != self.n_features_in_:
                 raise ValueError(
-                    f"X has {X.shape[1]} features, but {type(self).__name__} is expecting "
+                    f"X has {array.shape[1]} features, but {type(self).__name__} is expecting "
                     f'{self.n_features_in_} features as input: with kernel="precomputed" X must '
-                    f"have the shape (n_samples, n_samples_fit) = ({len(X)}, "
-                    f"{self.n_features_in_}), but has {X.shape}.\n  Try the kernel between the "
+                    f"have the shape (n_samples, n_samples_fit) = ({len(array)}, "
+                    f"{self.n_features_in_}), but has {array.shape}.\n  Try the kernel between the "
                     "new data (rows) and all data of the fit (columns)."
                 )
         return self._tensor(self._inputs(X, reset=False), self._machine.device)

@@ -38,15 +38,11 @@ from bayes_svdo.inference.exact_regression_ascent import (
 )
 from bayes_svdo.inference.exact_regression_curves import KL
 from bayes_svdo.inference.exact_regression_data import (
-    DegenerateObjectiveError,
     Method,
     NaturalUnits,
-    NoiseCollapseWarning,
     Start,
     check_beside,
     check_constant,
-    check_interpolation,
-    check_noise,
     check_options,
     check_precision,
     checked_data,
@@ -56,6 +52,12 @@ from bayes_svdo.inference.exact_regression_data import (
     natural_units,
     problems_of,
     start_names,
+)
+from bayes_svdo.inference.exact_regression_degenerate import (
+    DegenerateObjectiveError,
+    NoiseCollapseWarning,
+    check_interpolation,
+    check_noise,
     warn_of_collapse,
 )
 
@@ -257,7 +259,7 @@ def fit_vdard_regression(
     with torch.no_grad():  # not inference mode: users may go on with autograd
         found = _best(problems, data, run, num_data if fit_intercept else None)
     if precision is None:
-        check_precision(found["beta"])
+        check_precision(found["beta"], data.y_scale)
         warn_of_collapse(
             found["log_alpha"], found["beta"], data.y_scale, degrees, weight, min_noise
         )

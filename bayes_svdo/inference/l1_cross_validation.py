@@ -98,13 +98,15 @@ def cross_validate_l1(
     fit_intercept = check_flag("fit_intercept", fit_intercept)
     check_options(max_iter, solver)
     path_tol = check_rate("path_tol", path_tol)
-    random_state = check_seed(random_state, "random_state")
+    seed = check_seed(random_state, "random_state")
+    if seed is not None and not 0 <= seed < 2**32:
+        raise ValueError(f"random_state must be from 0 to 2**32 - 1, but is {seed}.")
     _, num_classes = check_data(x, y, None)
     check_tol(tol, x.dtype)
     grid = _grid(x, y, Cs, fit_intercept)
     scores = [
         _score_fold(x, y, train, test, grid, fit_intercept, path_tol, max_iter, solver)
-        for train, test in _folds(y, cv, random_state, num_classes)
+        for train, test in _folds(y, cv, seed, num_classes)
     ]
     log_loss, accuracy, num_nonzero = (torch.stack(column) for column in zip(*scores, strict=True))
     index = _choose(log_loss if scoring == "log_loss" else 1.0 - accuracy, rule)

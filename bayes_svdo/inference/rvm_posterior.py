@@ -139,10 +139,18 @@ def check_representable(
     least = _least_square(torch.float64)  # which a Python float is
     if bool(fits) and least <= noise_precision <= 1 / least:
         return
-    where = "" if unit is None else f"y has a standard deviation of {unit:g}: "
+    if bool(fits):
+        what = f"the precision of the noise, {noise_precision:g}, leaves the range of torch.float64"
+    else:
+        least, most = (float(extreme) for extreme in squares.aminmax())
+        what = (
+            f"variances and precisions of the weights, {least:g} to {most:g}, leave the range of "
+            f"{covariance.dtype}"
+        )
+    where = "" if unit is None else f" (y has a standard deviation of {unit:g})"
     raise ValueError(
-        f"{where}in these units a variance or a precision of the result, which has their square, "
-        f"overflows or underflows {covariance.dtype}.\n  Try rescaled x{' and y' if where else ''}."
+        f"x{' or y' if where else ''} is in units that are too large or too small: {what}{where}.\n"
+        f"  Try rescaled x{' or y' if where else ''}."
     )
 
 

@@ -155,6 +155,12 @@ def fit_rvm_regression(
     unit, level = (spread or 1.0) * scale, level * scale
     noise = NoiseRange(learned=beta is None, log_beta_max=-2 * math.log(min_noise))
     log_beta = _FIRST_LOG_BETA if beta is None else math.log(beta) + 2 * math.log(unit)
+    if spread and log_beta > -2 * math.log(_LEAST_MIN_NOISE[x.dtype]):
+        raise ValueError(
+            f"beta={beta:g} is a noise of {math.exp(-0.5 * log_beta):.2g} of the standard "
+            f"deviation of y, {unit:g}; below {_LEAST_MIN_NOISE[x.dtype]:g} of it rounding shows "
+            f"in {x.dtype}.\n  Try a smaller beta, in the units of y, or beta=None: learned."
+        )
     if method == "fast":
         posterior, trace, converged = search(active, noise, log_beta, tol=tol, max_iter=max_iter)
     else:

@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from bayes_svdo.distributions.kl import (
     Approximation,
+    _LogAlpha,
     kl_empirical_bayes,
     kl_log_uniform,
     log_alpha,
@@ -176,6 +177,18 @@ def test_log_alpha_passes_gradcheck() -> None:
     log_sigma2 = torch.linspace(-9, 3, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(log_alpha, (loc, log_sigma2), check_batched_grad=True)
     assert torch.autograd.gradgradcheck(log_alpha, (loc, log_sigma2), check_batched_grad=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's
+def test_log_alpha_and_its_gradient_go_into_one_graph_of_torch_compile() -> None:
+    loc = torch.tensor([-2.0, 0.0, 1e-30, 1e15], requires_grad=True)
+    log_sigma2 = torch.linspace(-9, 3, 4)
+    compiled = torch.compile(lambda *xs: _LogAlpha.apply(*xs), backend="aot_eager", fullgraph=True)
+    for function in (compiled, log_alpha):
+        found = function(loc, log_sigma2)
+        found.sum().backward()
+        torch.testing.assert_close(found, log_alpha(loc, log_sigma2), rtol=1e-6, atol=0)
+    torch.testing.assert_close(loc.grad, -4 * loc.detach() / (loc.detach() ** 2 + 1.1754944e-38))
 
 
 @both_forms

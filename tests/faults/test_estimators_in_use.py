@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sklearn.base import clone
@@ -235,6 +237,20 @@ def test_a_kernel_between_too_few_data_is_named_with_both_shapes(machine, data) 
         fitted.predict(np.full((7, 7), np.nan))
     score = cross_val_score(machine(kernel="precomputed"), kernel, y, cv=2, error_score="raise")
     assert np.isfinite(score).all()
+
+
+@pytest.mark.parametrize("machine", [RVMRegressor, RVMClassifier])
+def test_a_kernel_in_a_data_frame_keeps_the_order_of_its_columns(machine, data) -> None:
+    x, y = data_of(machine, data)
+    frame = pd.DataFrame(rbf_kernel(x, gamma=1e-4), columns=[f"point {i}" for i in range(len(x))])
+    fitted = machine(kernel="precomputed").fit(frame, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = fitted.predict(frame)
+    plain = machine(kernel="precomputed").fit(frame.to_numpy(), y)
+    np.testing.assert_array_equal(found, plain.predict(frame.to_numpy()))
+    with pytest.raises(ValueError, match="feature names should match"):
+        fitted.predict(frame[frame.columns[::-1]])
 
 
 @pytest.mark.parametrize("machine", [RVMRegressor, RVMClassifier])

@@ -125,7 +125,7 @@ OPTIONS: dict[str, dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]]] = {
         "tol": (NO_POSITIVE, (np.float32(1e-3),)),
         "path_tol": ((*NO_POSITIVE, None), (np.float32(1e-3),)),
         "max_iter": (NO_COUNT, (np.int32(50),)),
-        "random_state": (("a", True, 2.5, NAN), (np.int64(3),)),
+        "random_state": (("a", True, 2.5, NAN, -1, 2**40), (np.int64(3),)),
         "scoring": (NO_NAME, ()),
         "rule": (NO_NAME, ()),
         "fit_intercept": (NO_FLAG, (np.True_,)),

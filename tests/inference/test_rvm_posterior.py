@@ -115,8 +115,8 @@ def test_squares_out_of_range_are_refused(dtype):
     check_representable(torch.empty(0, 0, dtype=dtype), one[:0])
     for bad in (0.0, info.tiny, info.max, math.inf, math.nan):
         for covariance, alpha in ((bad * one, one), (one, bad * one)):
-            with pytest.raises(ValueError, match=rf"underflows {dtype}.\n  Try rescaled x\."):
+            with pytest.raises(ValueError, match=rf"the range of {dtype}\.\n  Try rescaled x\."):
                 check_representable(torch.diag_embed(covariance), alpha)
     for beta in (0.0, 1e-300, 1e300, math.inf):
-        with pytest.raises(ValueError, match=r"deviation of 2: .*(?s:.)*rescaled x and y"):
+        with pytest.raises(ValueError, match=r"deviation of 2\)(?s:.)*rescaled x or y"):
             check_representable(one.diag(), one, beta, unit=2.0)

@@ -415,7 +415,9 @@ def test_the_unit_of_the_target_does_not_matter_over_the_whole_range(unit, metho
 def test_units_whose_square_is_out_of_range_are_an_error_and_no_constant(unit):
     x = torch.linspace(-1, 1, 20, dtype=torch.float64)[:, None]
     y = (x[:, 0] + 0.1 * torch.sin(40 * x[:, 0])) * (1 if unit > 1e-300 else 100) * unit
-    with pytest.raises(ValueError, match=r"(?s)y has a standard deviation of .*rescaled x and y"):
+    with pytest.raises(
+        ValueError, match=r"(?s)x or y is in units .*y has a standard deviation of "
+    ):
         fit_rvm_regression(x, y)
 
 
@@ -424,8 +426,25 @@ def test_a_target_in_float32_has_its_own_range():
     y = x[:, 0] + 0.1 * torch.sin(40 * x[:, 0])
     plain, scaled = fit_rvm_regression(x, y), fit_rvm_regression(x, y * 1e12)
     torch.testing.assert_close(scaled.weights / 1e12, plain.weights, rtol=1e-4, atol=0)
-    with pytest.raises(ValueError, match=r"underflows torch.float32"):
+    with pytest.raises(ValueError, match=r"leave the range of torch.float32"):
         fit_rvm_regression(x, y * 1e30)
+
+
+def test_inputs_in_extreme_units_are_not_blamed_on_the_target():
+    x = torch.linspace(-1, 1, 20, dtype=torch.float64)[:, None]
+    y = x[:, 0] + 0.1 * torch.sin(40 * x[:, 0])
+    with pytest.raises(ValueError, match=r"^x or y is in units .* of the weights, \S+ to "):
+        fit_rvm_regression(1e150 * x, y)
+
+
+@pytest.mark.parametrize("unit", [1e6, 1e8, 1e140, 1e160])
+def test_a_known_noise_below_rounding_is_refused(unit):
+    """The fit would lose its basis functions without a word, up to the last."""
+    x = torch.linspace(-3, 3, 60, dtype=torch.float64)[:, None]
+    y = torch.sin(2 * x[:, 0])
+    with pytest.raises(ValueError, match=r"(?s)^beta=1 is a noise of .* standard deviation of y"):
+        fit_rvm_regression(x, y * unit, kernel="rbf", beta=1.0)
+    assert len(fit_rvm_regression(x, y * 1e4, kernel="rbf", beta=1.0).weights)
 
 
 def test_a_constant_target_of_any_size_is_constant():
