@@ -126,10 +126,12 @@ class CompiledObjective(nn.Module):
     smaller batch costs one more compilation. The KL's weight, the ELBO's own included, ``num_data``
     and the scale may change with every step; a parameter that is frozen, or no longer, costs
     another compilation. Whatever else the model reads, such as an attribute that a callback
-    changes, is a constant of the graph. From the ninth signature on, new ones are
-    evaluated as they are, with a warning. When half of what is left of the weights has been zeroed
-    for good, rows and columns that are dead leave the graphs, which are compiled anew. Without
-    gradients (``torch.no_grad()``) nothing is compiled.
+    changes, is a constant of the graph; so is which tensors the parameters are: where one is put in
+    another's place, or all get another dtype, after the first batch, make a new object of this
+    class. From the ninth signature on, new ones are evaluated as they are, with a warning. When
+    half of what is left of the weights has been zeroed for good, rows and columns that are dead
+    leave the graphs, which are compiled anew. Without gradients (``torch.no_grad()``) nothing is
+    compiled.
 
     Args:
         objective: The objective.
