@@ -52,16 +52,18 @@ def test_every_step_is_torchs(pair) -> None:
     assert not any(torch.equal(a, b) for a, b in zip(start, one.parameters(), strict=True))
 
 
-def test_a_state_that_is_loaded_counts(pair) -> None:
+@pytest.mark.parametrize("ours_loads", [True, False])
+def test_a_state_of_either_is_the_others_too(pair, ours_loads: bool) -> None:
     one, other, theirs, ours = pair
+    begun, loads = ((one, theirs), (other, ours)) if ours_loads else ((other, ours), (one, theirs))
     for seed in range(3):
-        step(one, theirs, seed)
-    step(other, ours, 0)
-    other.load_state_dict(one.state_dict())
-    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+        step(*begun, seed)
+    step(*loads, 0)
+    for mine, given in zip(loads, begun, strict=True):
+        mine.load_state_dict(copy.deepcopy(given.state_dict()))
     for seed in range(3, 6):
-        step(one, theirs, seed)
-        step(other, ours, seed)
+        step(*begun, seed)
+        step(*loads, seed)
     assert same(one, other)
 
 
@@ -77,18 +79,6 @@ def test_a_copy_goes_on_by_itself(pair) -> None:
     assert same(one, copied)
     assert {float(state["step"]) for state in optimizer.state.values()} == {6.0}
     assert {float(state["step"]) for state in ours.state.values()} == {3.0}
-
-
-def test_its_state_is_torchs(pair) -> None:
-    one, other, theirs, ours = pair
-    for seed in range(3):
-        step(other, ours, seed)
-    one.load_state_dict(other.state_dict())
-    theirs.load_state_dict(copy.deepcopy(ours.state_dict()))
-    for seed in range(3, 6):
-        step(one, theirs, seed)
-        step(other, ours, seed)
-    assert same(one, other)
 
 
 def test_a_group_may_be_added(pair) -> None:
