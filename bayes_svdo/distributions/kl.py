@@ -184,12 +184,12 @@ class _LogAlpha(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(inputs[0])
-        ctx.is_fused = is_fused()  # the backward pass of a GPU runs in a thread of its own
+        ctx.fused = is_fused()  # the backward pass of a GPU runs in a thread of its own
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:
         (loc,) = ctx.saved_tensors
-        return (grad * _slope_in_loc(loc, ctx.is_fused) if ctx.needs_input_grad[0] else None), grad
+        return (grad * _slope_in_loc(loc, ctx.fused) if ctx.needs_input_grad[0] else None), grad
 
 
 @signed
@@ -199,8 +199,8 @@ class _LogAlphaSlope(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(loc: Tensor, is_fused: bool) -> Tensor:
-        if is_fused:
+    def forward(loc: Tensor, fused: bool) -> Tensor:
+        if fused:
             scaled = _Scaled.of(loc)
             slope = -2 * scaled.value / scaled.square
             return torch.where(scaled.large, slope * scaled.factor, slope)
@@ -208,13 +208,13 @@ class _LogAlphaSlope(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, bool], output: Tensor) -> None:
-        loc, ctx.is_fused = inputs
+        loc, ctx.fused = inputs
         ctx.save_for_backward(loc)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (loc,) = ctx.saved_tensors
-        curvature: Tensor = _slope_in_loc(loc, ctx.is_fused).square() - 2 / (
+        curvature: Tensor = _slope_in_loc(loc, ctx.fused).square() - 2 / (
             loc * loc + torch.finfo(loc.dtype).tiny
         )
         return grad * curvature, None
@@ -237,10 +237,10 @@ class _Scaled(NamedTuple):
         return cls(large, factor, value, value * value + limits.tiny)
 
 
-def _slope_in_loc(loc: Tensor, is_fused: bool) -> Tensor:
+def _slope_in_loc(loc: Tensor, fused: bool) -> Tensor:
     if not torch.is_grad_enabled():  # no second derivative is wanted
-        return _LogAlphaSlope.forward(loc, is_fused)
-    slope: Tensor = _LogAlphaSlope.apply(loc, is_fused)
+        return _LogAlphaSlope.forward(loc, fused)
+    slope: Tensor = _LogAlphaSlope.apply(loc, fused)
     return slope
 
 

@@ -74,13 +74,14 @@ class Adam(torch.optim.Adam):
         complete = all(states_of_group and all(states_of_group) for states_of_group in states)
         if self._sorted is None and alike and complete:
             self._sorted = [
-                _sorted(group["params"], of)
+                _sort(group["params"], of)
                 for group, of in zip(self.param_groups, states, strict=True)
             ]
         return loss
 
 
-def _sorted(parameters: list[Tensor], states: list[dict[str, Tensor]]) -> _Group:
+def _sort(parameters: list[Tensor], states: list[dict[str, Tensor]]) -> _Group:
+    """The tensors of a group; their steps become elements of one tensor."""
     all_steps = torch.stack([state["step"] for state in states])
     for state, step in zip(states, all_steps.unbind(), strict=True):
         state["step"] = step

@@ -234,7 +234,6 @@ _DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.softplus.default: _softplus,
 }
 
-
 _CONTRACTION = "cpp.enable_floating_point_contract_flag"
 
 
