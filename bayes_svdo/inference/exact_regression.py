@@ -277,21 +277,20 @@ def fit_vdard_regression(
 
 
 class _Run(NamedTuple):
-    """Where every start of every problem ended, and how it got there."""
+    """Where the starts of every problem ended, and how they got there."""
 
-    log_alpha: Tensor  # (B, S, D)
+    log_alpha: Tensor  # (B, S, D); here and below (B, 1, ...) where all starts have become one
     loc: Tensor  # (B, S, D)
     residual: Tensor  # (B, S, M)
     noise_precision: Tensor  # (B, S)
     n_iter: Tensor  # (B, S)
     converged: Tensor  # (B, S)
-    trace: Tensor  # (B, S, T)
+    trace: Tensor  # (B, S, T), always of every start
 
-    def store(self, index: Tensor, state: State, *progress: Tensor) -> None:
-        """Write the rows of the problems at ``index``."""
-        found = (state.log_alpha, state.loc, state.residual, state.noise_precision, *progress)
-        for field, rows in zip(self, found, strict=False):
-            field[index] = rows
+    def store(self, index: Tensor, rows: _Run) -> None:
+        """Write those of the problems at ``index``, all but the trace."""
+        for field, values in zip(self[:-1], rows, strict=False):
+            field[index] = values
 
 
 def _run(
@@ -304,8 +303,8 @@ def _run(
     index = torch.arange(num, device=state.elbo.device)  # problems still at work
     n_iter = torch.zeros_like(state.elbo, dtype=torch.long)
     trace = [(index, state.elbo)]
-    ends = (state.log_alpha, state.loc, state.residual, state.noise_precision, n_iter, finished)
-    run = _Run._make((*map(torch.empty_like, ends), state.elbo))
+    run = _ends(state, n_iter, finished)
+    stored = False
     for _ in range(max_iter):
         n_iter += ~finished
         if method == "joint":
@@ -319,17 +318,28 @@ def _run(
         if learns_noise:
             check_noise(problems, state, index, num)
         if finished.all():
-            run.store(index, state, n_iter, finished)
-            return run._replace(trace=_joined(trace))
+            break
         live = ~finished.all(-1)
         # So that a few slow problems do not hold up the others.
         if len(live) > 1 and int(live.sum()) <= len(live) // 2:
-            run.store(index, state, n_iter, finished)
+            if not stored:
+                run, stored = _Run(*map(torch.empty_like, run)), True
+            run.store(index, _ends(state, n_iter, finished))
             problems, index, n_iter = problems.take(live), index[live], n_iter[live]
             state = State(*(field[live] for field in state))
             finished = finished[live]
-    run.store(index, state, n_iter, finished)
+    if stored:
+        run.store(index, _ends(state, n_iter, finished))
+    else:
+        run = _ends(state, n_iter, finished)
     return run._replace(trace=_joined(trace))
+
+
+def _ends(state: State, n_iter: Tensor, converged: Tensor) -> _Run:
+    return _Run(
+        state.log_alpha, state.loc, state.residual, state.noise_precision, n_iter, converged,
+        state.elbo,
+    )  # fmt: skip
 
 
 def _joined(trace: list[tuple[Tensor, Tensor]]) -> Tensor:  # (B, S, T)
@@ -337,15 +347,23 @@ def _joined(trace: list[tuple[Tensor, Tensor]]) -> Tensor:  # (B, S, T)
     values = [trace[0][1]]
     for index, elbo in trace[1:]:
         last = values[-1]
-        values.append(last.index_copy(0, index, elbo.expand(-1, last.shape[1])))
+        elbo = elbo.expand(-1, last.shape[1])
+        values.append(elbo if len(elbo) == len(last) else last.index_copy(0, index, elbo))
     return torch.stack(values, -1)
 
 
 def _pruned(problems: Problems, run: _Run) -> _Run:
     """The pruning rule, applied where the alternation has come to rest."""
     state = prune(problems, evaluate(problems, run.log_alpha))
-    run.store(torch.arange(len(run.trace), device=run.trace.device), state)
-    return run._replace(trace=torch.cat((run.trace, state.elbo[..., None]), -1))
+    trace = torch.cat((run.trace, state.elbo[..., None]), -1)
+    return _ends(state, run.n_iter, run.converged)._replace(trace=trace)
+
+
+def _at(field: Tensor, start: Tensor) -> Tensor:  # (B, S, ...), (B,) -> (B, ...)
+    num, starts = field.shape[:2]
+    if starts == 1:
+        return field[:, 0].clone()
+    return field[torch.arange(num, device=field.device), start]
 
 
 def _best(
@@ -357,11 +375,8 @@ def _best(
         units = units - 0.5 * math.log(integrated)
     start_elbo = run.trace[..., -1] + units[:, None]
 
-    num, starts = start_elbo.shape
-    best = start_elbo.argmax(-1) + torch.arange(0, num * starts, starts, device=start_elbo.device)
-    log_alpha, loc, residual, beta, n_iter, converged, trace = (
-        field.flatten(0, 1).index_select(0, best) for field in run
-    )
+    best = start_elbo.argmax(-1)
+    log_alpha, loc, residual, beta, n_iter, converged, trace = (_at(f, best) for f in run)
     correlation = (residual[:, None] @ problems.x_rows.mT)[:, 0]
     scale = data.y_scale[:, None] / data.x_scale
     sigma2 = torch.where(log_alpha.isfinite(), log_alpha.exp() * (loc * scale).square(), 0.0)

@@ -49,6 +49,10 @@ _LOG_ALPHA_OF_UNUSED = 69.0
 _LARGEST_STEP = 2.0
 # Along a direction of ascent with the wrong curvature, a step of at least this size.
 _SMALLEST_ESCAPE = 0.5
+# After a Newton step that was to gain g and gained g + e, the next gains 2.25 e²/g, were there but
+# one weight. As there are more, e²/g must be this small a part of the tolerance, and g, so that two
+# errors cannot cancel in e, no larger a multiple of it.
+_LEFT, _GAINED = 1e-4, 100.0
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ class State(NamedTuple):
     slope_coefficients: Tensor  # (B, S, A, 4)
     rows: Tensor  # (B, S, A, D), x_active' x, or where there is no gram (B, S, A, M), x_active'
     whitener: Tensor  # (B, S, A, A), inverse Cholesky factor of x_active' x_active + diag(alpha)
+    at_rest: Tensor  # (B, S), whether the Newton step that led here leaves nothing to another
 
 
 def evaluate(problems: Problems, log_alpha: Tensor) -> State:
@@ -138,6 +143,7 @@ def evaluate(problems: Problems, log_alpha: Tensor) -> State:
     return State(
         log_alpha, kept, loc, noise_precision, elbo, residual, active, filled, active_loc,
         active_log_alpha, active_alpha, active_pull, active_kl, *slope, rows, whitener,
+        torch.zeros_like(elbo, dtype=torch.bool),
     )  # fmt: skip
 
 
@@ -279,8 +285,12 @@ def _put(values: Tensor, state: State, active_values: Tensor) -> Tensor:
     return torch.where(state.kept, values.scatter(-1, state.active, active_values), values)
 
 
-def newton_step(problems: Problems, state: State, moves: Moves) -> Tensor:  # (B, S, A)
+def newton_step(
+    problems: Problems, state: State, moves: Moves
+) -> tuple[Tensor, Tensor]:  # (B, S, A), (B, S)
     """``log_alpha`` of the active weights after a Newton step, ``loc`` and ``beta`` eliminated.
+
+    And what it is to gain where the ELBO is as curved as here.
 
     The step is taken in ``log(alpha / (1 + alpha))``: like ``log alpha`` for weights that stay,
     and like the shrinkage factor ``1 / (1 + alpha)``, in which the ELBO is quadratic, for weights
@@ -317,7 +327,8 @@ def newton_step(problems: Problems, state: State, moves: Moves) -> Tensor:  # (B
     # 1/(1 + alpha) falls by no more than a factor of 4 at a time.
     log_share = torch.minimum(change.add_(log_share), log_share.mul(0.25))
     moved = log_share - (-log_share.expm1()).log_()
-    return moved.masked_fill_((moves.joint == torch.inf) | (moved > _LARGEST_LOG_ALPHA), torch.inf)
+    pruned = (moves.joint == torch.inf) | (moved > _LARGEST_LOG_ALPHA)
+    return moved.masked_fill_(pruned, torch.inf), vecdot(gradient, step).mul_(0.5)
 
 
 def _climb(hessian: Tensor, gradient: Tensor, scale: Tensor) -> Tensor:  # (K, A, A), (K, A), (K, A)
@@ -399,22 +410,32 @@ def iterate(
     moves = find_moves(problems, state)
     best_change = (moves.gain * (state.kept != moves.stays)).amax(-1)
     grows = best_change > tolerance
+    finished = finished | (state.at_rest & ~grows)
+    if finished.all():
+        return state, finished
 
     proposal = moves.joint
+    promised: Tensor | float = math.nan  # by the Newton step, where there is one
     near = best_change < _SMALL_CHANGE
     if near.any():
-        proposal = torch.where(near[..., None], newton_step(problems, state, moves), proposal)
+        moved, gain = newton_step(problems, state, moves)
+        proposal = torch.where(near[..., None], moved, proposal)
+        promised = gain.where(near, math.nan)
     proposal = state.log_alpha.scatter(-1, state.active, proposal)
     if grows.any():
         proposal = change_set(problems, state, moves, proposal, tolerance)
     if finished.any():
         proposal = torch.where(finished[..., None], state.log_alpha, proposal)
     new = evaluate(problems, proposal)
-    accepted = (new.elbo - state.elbo >= 0.5 * best_change * grows) | finished
+    gained = new.elbo - state.elbo
+    accepted = (gained >= 0.5 * best_change * grows) | finished
     if not accepted.all():
         new = _fall_back(problems, state, moves, proposal, accepted, grows)
+        gained = new.elbo - state.elbo
+    left = (gained - promised).square() <= _LEFT * tolerance * promised
+    at_rest = accepted & left & ~grows & (gained <= _GAINED * tolerance)
     # Where something grows, but by less than rounding, there is nothing left to gain either.
-    return new, finished | (new.elbo - state.elbo <= tolerance * ~grows)
+    return new._replace(at_rest=at_rest), finished | (gained <= tolerance * ~grows)
 
 
 def _fall_back(

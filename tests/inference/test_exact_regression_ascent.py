@@ -150,7 +150,7 @@ def test_a_newton_step_squares_the_distance(problem) -> None:
     distances = []
     state = ascent.evaluate(problems, torch.where(kept, top + 0.3, top))
     for _ in range(3):
-        moved = ascent.newton_step(problems, state, ascent.find_moves(problems, state))
+        moved, _ = ascent.newton_step(problems, state, ascent.find_moves(problems, state))
         state = ascent.evaluate(problems, state.log_alpha.scatter(-1, state.active, moved))
         distances.append(float((state.log_alpha - top)[kept].abs().max()))
     assert distances[0] < 0.1
@@ -212,3 +212,23 @@ def test_a_known_noise_is_kept_and_a_bound_holds(problem) -> None:
     assert (ascent.best_noise_precision(given, error) == 3.0).all()
     expected = torch.tensor([[79 / 0.81, 79 / 0.81]]).double()
     assert torch.allclose(ascent.best_noise_precision(bounded, error), expected)
+
+
+def test_after_the_last_newton_step_nothing_is_left_for_another(problem) -> None:
+    rested = 0
+    for seed in range(12):
+        problems = in_natural_units(*problem(num=120, dim=40, seed=seed, correlation=0.5))
+        state = ascent.start(problems, ("ols",))
+        finished = unfinished(state)
+        while not (finished | state.at_rest).all():
+            state, finished = ascent.iterate(problems, state, finished, 1e-7)
+        if state.at_rest.all() and not finished.all():
+            rested += 1
+            moved, gain = ascent.newton_step(problems, state, ascent.find_moves(problems, state))
+            after = ascent.evaluate(problems, state.log_alpha.scatter(-1, state.active, moved))
+            assert abs(float(after.elbo - state.elbo)) < 1e-10
+            assert 0 <= gain < 1e-10
+            same, finished = ascent.iterate(problems, state, finished, 1e-7)
+            assert same is state
+            assert finished.all()
+    assert rested > 3
