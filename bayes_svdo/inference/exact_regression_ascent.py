@@ -69,7 +69,7 @@ class Problems:
     largest_noise_precision: float  # inf: no bound
     least_squares: Tensor | None  # (B, D), loc without a prior, where it is known
     curves: Curves
-    first_row: Tensor  # (B, 1, 1), of a problem where the rows of all are in one list
+    first_row: Tensor | None  # (B, 1, 1), of a problem in a list of all rows; None: one problem
 
     def take(self, index: Tensor) -> Problems:
         """The problems at ``index``."""
@@ -77,7 +77,7 @@ class Problems:
         return replace(
             self,
             x_rows=x_rows,
-            first_row=self.first_row[: len(x_rows)],
+            first_row=first_rows(x_rows),
             target=self.target[index],
             gram=None if self.gram is None else self.gram[index],
             moment=self.moment[index],
@@ -147,8 +147,17 @@ def evaluate(problems: Problems, log_alpha: Tensor) -> State:
     )  # fmt: skip
 
 
+def first_rows(x_rows: Tensor) -> Tensor | None:
+    """``first_row`` of :class:`Problems`."""
+    num, dim = x_rows.shape[:2]
+    if num == 1:
+        return None
+    return torch.arange(0, num * dim, dim, device=x_rows.device)[:, None, None]
+
+
 def _rows(problems: Problems, matrix: Tensor, index: Tensor) -> Tensor:  # (B, D, K) -> (B, S, A, K)
-    found = matrix.flatten(0, 1).index_select(0, (index + problems.first_row).flatten())
+    rows = index if problems.first_row is None else index + problems.first_row
+    found = matrix.flatten(0, 1).index_select(0, rows.flatten())
     return found.view(*index.shape, matrix.shape[-1])
 
 
@@ -170,7 +179,9 @@ def best_noise_precision(problems: Problems, error: Tensor) -> Tensor:  # (B, S)
     """The optimal ``beta`` for the error ``E``, within its bound."""
     if problems.noise_precision is not None:
         return problems.noise_precision.expand_as(error)
-    return error.reciprocal().mul_(problems.num_data).clamp_(max=problems.largest_noise_precision)
+    found = error.reciprocal().mul_(problems.num_data)
+    bound = problems.largest_noise_precision
+    return found if bound == math.inf else found.clamp_(max=bound)
 
 
 def start(problems: Problems, names: tuple[str, ...]) -> State:

@@ -107,13 +107,13 @@ class Curve(NamedTuple):
     Or several of them, side by side.
     """
 
-    start: float
+    origin: Tensor  # (), position of 0
     width: float
     coefficients: Tensor  # (cells + 2, 4); the line below, cells, the line above
 
     def piece(self, x: Tensor) -> Piece:  # (*shape)
         """The cubics at points."""
-        position = x.mul(1 / self.width).sub_(self.start / self.width - 1)
+        position = torch.add(self.origin, x, alpha=1 / self.width)
         largest = torch.finfo(x.dtype).max / 4
         position.clamp_(-largest, largest)  # inf times a slope of 0 would be NaN
         cell = position.clamp(0, self.coefficients.shape[0] - 1).long()
@@ -168,7 +168,10 @@ def tabulate(kl: KL, dtype: torch.dtype, device: torch.device) -> Curves:
             by_energy=_inverse(grid, h.log() - grid, h_slope / h - 1),
         )
     return Curves(
-        *(c._replace(coefficients=c.coefficients.to(device=device, dtype=dtype)) for c in curves)
+        *(
+            Curve(c.origin.to(device, dtype), c.width, c.coefficients.to(device, dtype))
+            for c in curves
+        )
     )
 
 
@@ -202,7 +205,7 @@ def _hermite(grid: Tensor, value: Tensor, slope: Tensor) -> Curve:
     line = torch.zeros_like(cells[:2])
     line[0, 0], line[0, 1] = value[0] - left[0], left[0]
     line[1, 0], line[1, 1] = value[-1], right[-1]
-    return Curve(float(grid[0]), width, torch.cat((line[:1], cells, line[1:])))
+    return Curve(1 - grid[0] / width, width, torch.cat((line[:1], cells, line[1:])))
 
 
 def _inverse(x: Tensor, y: Tensor, slope: Tensor) -> Curve:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bayes_svdo.inference.arguments import check_flag
-from bayes_svdo.inference.exact_regression_ascent import Problems
+from bayes_svdo.inference.exact_regression_ascent import Problems, first_rows
 from bayes_svdo.inference.exact_regression_curves import KL, tabulate
 from bayes_svdo.inference.exact_regression_degenerate import (
     DegenerateObjectiveError,
@@ -385,7 +385,5 @@ def problems_of(
         largest_noise_precision=degrees / min_noise**2 if min_noise else math.inf,
         least_squares=data.least_squares,
         curves=tabulate(kl, x.dtype, x.device),
-        first_row=torch.arange(0, x.shape[0] * x.shape[2], x.shape[2], device=x.device)[
-            :, None, None
-        ],
+        first_row=first_rows(x.mT),
     )
