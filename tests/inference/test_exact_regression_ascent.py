@@ -232,3 +232,40 @@ def test_after_the_last_newton_step_nothing_is_left_for_another(problem) -> None
             assert same is state
             assert finished.all()
     assert rested > 3
+
+
+@pytest.mark.parametrize("kl", ["exact", "molchanov2017", "poster2016", "empirical_bayes"])
+def test_where_columns_are_nearly_orthogonal_all_starts_reach_the_same_maximum(kl, problem) -> None:
+    alone = 0
+    for seed in range(12):
+        x, y = problem(num=150, dim=12 + 2 * seed, seed=seed, correlation=0.1 * (seed % 3))
+        y = y + 0.1 * seed * x.sum(1)  # in some, none of the weights is 0
+        assert not ascent.have_one_maximum(in_natural_units(x, y, kl_weight=1.1))
+        if not ascent.have_one_maximum(in_natural_units(x, y)):
+            continue
+        alone += 1
+        both = fit_vdard_regression(x, y, kl=kl)
+        assert both.starts == ("zero", "ols")
+        assert both.start_elbo.shape == (2,)
+        for start in both.starts:
+            fit = fit_vdard_regression(x, y, kl=kl, starts=(start,))
+            assert abs(float(fit.elbo - both.elbo)) < 1e-7
+            assert torch.allclose(fit.loc, both.loc, atol=1e-6)
+    assert 6 < alone < 12
+
+
+def test_columns_that_lean_on_each_other_have_no_one_maximum(problem) -> None:
+    x, y = problem(num=150, dim=8, correlation=0.0)
+    assert ascent.have_one_maximum(in_natural_units(x, y))
+    leaning = x.clone()
+    leaning[:, 5] += 1.5 * (x[:, 1] + x[:, 2])
+    assert not ascent.have_one_maximum(in_natural_units(leaning, y))
+    batch = problems_of(
+        natural_units(torch.stack((x, leaning)), y.expand(2, -1), True),
+        149,
+        1.0,
+        None,
+        0.0,
+        "exact",
+    )
+    assert not ascent.have_one_maximum(batch)  # not of every problem
