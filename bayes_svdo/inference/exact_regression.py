@@ -32,7 +32,6 @@ from bayes_svdo.inference.exact_regression_ascent import (
     Problems,
     State,
     evaluate,
-    have_one_maximum,
     iterate,
     join,
     start,
@@ -91,8 +90,7 @@ class VDARDRegression:
         converged: Whether it stopped because nothing more was to gain, (...).
         starts: The names of the starts that were tried.
         start_elbo: The objective each of them reached, (..., S). Starts that came close to each
-            other went on as the better one; where all are known to lead to the same maximum, only
-            ``"ols"`` was taken.
+            other went on as the better one.
         x_mean: Mean of each feature, (..., D); 0 without an intercept.
         num_data: Number of observations N.
         fit_intercept: Whether there is an intercept.
@@ -298,14 +296,13 @@ class _Run(NamedTuple):
 def _run(
     problems: Problems, names: tuple[str, ...], method: Method, max_iter: int, tolerance: float
 ) -> _Run:
-    one_will_do = method == "joint" and "ols" in names and have_one_maximum(problems)
-    state = start(problems, ("ols",) if one_will_do else names)
+    state = start(problems, names)
     finished = torch.zeros_like(state.elbo, dtype=torch.bool)
     learns_noise = problems.noise_precision is None and math.isinf(problems.largest_noise_precision)
     num = len(state.elbo)
     index = torch.arange(num, device=state.elbo.device)  # problems still at work
     n_iter = torch.zeros_like(state.elbo, dtype=torch.long)
-    trace = [(index, state.elbo.expand(-1, len(names)))]
+    trace = [(index, state.elbo)]
     run = _ends(state, n_iter, finished)
     stored = False
     for _ in range(max_iter):

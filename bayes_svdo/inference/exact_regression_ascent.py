@@ -42,10 +42,6 @@ _FIRST_TO_ENTER = 8
 # Starts that shrink no weight more differently than this are on the way to the same maximum: so it
 # was in 480 designs with correlations up to 0.97. At 0.25 it was not in 2 of 360.
 _SAME_SHARE = 0.15
-# Where no column of norm 1 is closer to the span of those before it, and kl_weight is no more than
-# 1, all starts lead to the same maximum: so it was in 7,100 designs of many kinds. With a kl_weight
-# of log N and many weak weights it is not so, however orthogonal the columns.
-_FAR = 0.85
 # Beyond it a weight is shrunk to less than rounding, and may as well be pruned.
 _LARGEST_LOG_ALPHA = 40.0
 _LOG_ALPHA_OF_UNUSED = 69.0
@@ -72,7 +68,6 @@ class Problems:
     noise_precision: Tensor | None  # (B, 1), None: learned
     largest_noise_precision: float  # inf: no bound
     least_squares: Tensor | None  # (B, D), loc without a prior, where it is known
-    least_distance: float  # of a column from the span of those before it; 0 where not known
     curves: Curves
     first_row: Tensor | None  # (B, 1, 1), of a problem in a list of all rows; None: one problem
 
@@ -187,11 +182,6 @@ def best_noise_precision(problems: Problems, error: Tensor) -> Tensor:  # (B, S)
     found = error.reciprocal().mul_(problems.num_data)
     bound = problems.largest_noise_precision
     return found if bound == math.inf else found.clamp_(max=bound)
-
-
-def have_one_maximum(problems: Problems) -> bool:
-    """Whether any start will do."""
-    return problems.kl_weight <= 1.0 and problems.least_distance >= _FAR
 
 
 def start(problems: Problems, names: tuple[str, ...]) -> State:

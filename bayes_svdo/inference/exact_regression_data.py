@@ -223,7 +223,6 @@ class NaturalUnits(NamedTuple):
     constant: Tensor  # (B,), whether y is
     gram: Tensor | None  # (B, D + 1, D + 1), of x and y, where the rotation came from it
     least_squares: Tensor | None  # (B, D), of y on x, likewise
-    least_distance: float  # of a column of x from the span of those before it; 0 where not known
 
 
 def natural_units(x: Tensor, y: Tensor, fit_intercept: bool) -> NaturalUnits:
@@ -250,14 +249,12 @@ def natural_units(x: Tensor, y: Tensor, fit_intercept: bool) -> NaturalUnits:
         columns = columns * (~constant / torch.where(constant, 1.0, norm))[..., None, :]
         scale = torch.where(constant, 1.0, norm * largest)
         gram = least_squares = None
-        least_distance = 0.0
     else:
         columns, gram, scale = rotated
         constant = torch.zeros_like(scale, dtype=torch.bool)
         moment = columns[..., :-1, -1:]
         least_squares = torch.linalg.solve_triangular(columns[..., :-1, :-1], moment, upper=True)
         least_squares = least_squares[..., 0]
-        least_distance = float(columns.diagonal(dim1=-2, dim2=-1)[..., :-1].amin())
     if not (scale.isfinite().all() and (scale[..., -1:] / scale).isfinite().all()):
         raise ValueError(
             "the values of x or y are so large, or those of x so small, that the weights overflow; "
@@ -265,7 +262,7 @@ def natural_units(x: Tensor, y: Tensor, fit_intercept: bool) -> NaturalUnits:
         )
     return NaturalUnits(
         columns[..., :-1], columns[..., -1], mean[..., :-1], mean[..., -1],
-        scale[..., :-1], scale[..., -1], constant[..., -1], gram, least_squares, least_distance,
+        scale[..., :-1], scale[..., -1], constant[..., -1], gram, least_squares,
     )  # fmt: skip
 
 
@@ -387,7 +384,6 @@ def problems_of(
         noise_precision=precision,
         largest_noise_precision=degrees / min_noise**2 if min_noise else math.inf,
         least_squares=data.least_squares,
-        least_distance=data.least_distance,
         curves=tabulate(kl, x.dtype, x.device),
         first_row=first_rows(x.mT),
     )
