@@ -253,11 +253,11 @@ def fit_vdard_regression(
         if precision is None and min_noise == 0 and weight <= 1 and dim >= degrees:
             check_interpolation(problems, num_data)
         rate = (1e-9 if dtype == torch.float64 else 1e-6) if tol is None else tol
-        run = _run(problems, names, method, max_iter, rate * num_data)
+        ends, trace = _run(problems, names, method, max_iter, rate * num_data)
         if method == "alternating":
-            run = _pruned(problems, run)
+            ends, trace = _pruned(problems, ends, trace)
     with torch.no_grad():  # not inference mode: users may go on with autograd
-        found = _best(problems, data, run, num_data if fit_intercept else None)
+        found = _best(problems, data, ends, trace, num_data if fit_intercept else None)
     if precision is None:
         check_precision(found["beta"], data.y_scale)
         warn_of_collapse(
@@ -276,26 +276,32 @@ def fit_vdard_regression(
     )
 
 
-class _Run(NamedTuple):
-    """Where the starts of every problem ended, and how they got there."""
+class _Ends(NamedTuple):
+    """Where the starts of every problem ended; (B, 1, ...) where all starts have become one."""
 
-    log_alpha: Tensor  # (B, S, D); here and below (B, 1, ...) where all starts have become one
+    log_alpha: Tensor  # (B, S, D)
     loc: Tensor  # (B, S, D)
     residual: Tensor  # (B, S, M)
     noise_precision: Tensor  # (B, S)
     n_iter: Tensor  # (B, S)
     converged: Tensor  # (B, S)
-    trace: Tensor  # (B, S, T), always of every start
 
-    def store(self, index: Tensor, rows: _Run) -> None:
-        """Write those of the problems at ``index``, all but the trace."""
-        for field, values in zip(self[:-1], rows, strict=False):
+    @classmethod
+    def of(cls, state: State, n_iter: Tensor, converged: Tensor) -> _Ends:
+        """Those of a state."""
+        return cls(
+            state.log_alpha, state.loc, state.residual, state.noise_precision, n_iter, converged
+        )
+
+    def store(self, index: Tensor, rows: _Ends) -> None:
+        """Write those of the problems at ``index``."""
+        for field, values in zip(self, rows, strict=True):
             field[index] = values
 
 
 def _run(
     problems: Problems, names: tuple[str, ...], method: Method, max_iter: int, tolerance: float
-) -> _Run:
+) -> tuple[_Ends, Tensor]:  # and the objectives on the way there, (B, S, T)
     state = start(problems, names)
     finished = torch.zeros_like(state.elbo, dtype=torch.bool)
     learns_noise = problems.noise_precision is None and math.isinf(problems.largest_noise_precision)
@@ -303,8 +309,7 @@ def _run(
     index = torch.arange(num, device=state.elbo.device)  # problems still at work
     n_iter = torch.zeros_like(state.elbo, dtype=torch.long)
     trace = [(index, state.elbo)]
-    run = _ends(state, n_iter, finished)
-    stored = False
+    ends: _Ends | None = None  # once a problem has ended before the others
     for _ in range(max_iter):
         n_iter += ~finished
         if method == "joint":
@@ -322,24 +327,18 @@ def _run(
         live = ~finished.all(-1)
         # So that a few slow problems do not hold up the others.
         if len(live) > 1 and int(live.sum()) <= len(live) // 2:
-            if not stored:
-                run, stored = _Run(*map(torch.empty_like, run)), True
-            run.store(index, _ends(state, n_iter, finished))
+            found = _Ends.of(state, n_iter, finished)
+            if ends is None:
+                ends = _Ends(*map(torch.empty_like, found))
+            ends.store(index, found)
             problems, index, n_iter = problems.take(live), index[live], n_iter[live]
             state = State(*(field[live] for field in state))
             finished = finished[live]
-    if stored:
-        run.store(index, _ends(state, n_iter, finished))
-    else:
-        run = _ends(state, n_iter, finished)
-    return run._replace(trace=_joined(trace))
-
-
-def _ends(state: State, n_iter: Tensor, converged: Tensor) -> _Run:
-    return _Run(
-        state.log_alpha, state.loc, state.residual, state.noise_precision, n_iter, converged,
-        state.elbo,
-    )  # fmt: skip
+    found = _Ends.of(state, n_iter, finished)
+    if ends is None:
+        return found, _joined(trace)
+    ends.store(index, found)
+    return ends, _joined(trace)
 
 
 def _joined(trace: list[tuple[Tensor, Tensor]]) -> Tensor:  # (B, S, T)
@@ -352,11 +351,11 @@ def _joined(trace: list[tuple[Tensor, Tensor]]) -> Tensor:  # (B, S, T)
     return torch.stack(values, -1)
 
 
-def _pruned(problems: Problems, run: _Run) -> _Run:
+def _pruned(problems: Problems, ends: _Ends, trace: Tensor) -> tuple[_Ends, Tensor]:
     """The pruning rule, applied where the alternation has come to rest."""
-    state = prune(problems, evaluate(problems, run.log_alpha))
-    trace = torch.cat((run.trace, state.elbo[..., None]), -1)
-    return _ends(state, run.n_iter, run.converged)._replace(trace=trace)
+    state = prune(problems, evaluate(problems, ends.log_alpha))
+    trace = torch.cat((trace, state.elbo[..., None]), -1)
+    return _Ends.of(state, ends.n_iter, ends.converged), trace
 
 
 def _at(field: Tensor, start: Tensor) -> Tensor:  # (B, S, ...), (B,) -> (B, ...)
@@ -367,16 +366,16 @@ def _at(field: Tensor, start: Tensor) -> Tensor:  # (B, S, ...), (B,) -> (B, ...
 
 
 def _best(
-    problems: Problems, data: NaturalUnits, run: _Run, integrated: int | None
+    problems: Problems, data: NaturalUnits, ends: _Ends, trace: Tensor, integrated: int | None
 ) -> dict[str, Tensor]:
     """The best start of each problem, in the units of the data."""
     units = -problems.num_data * data.y_scale.log()
     if integrated is not None:
         units = units - 0.5 * math.log(integrated)
-    start_elbo = run.trace[..., -1] + units[:, None]
+    start_elbo = trace[..., -1] + units[:, None]
 
     best = start_elbo.argmax(-1)
-    log_alpha, loc, residual, beta, n_iter, converged, trace = (_at(f, best) for f in run)
+    log_alpha, loc, residual, beta, n_iter, converged = (_at(field, best) for field in ends)
     correlation = (residual[:, None] @ problems.x_rows.mT)[:, 0]
     scale = data.y_scale[:, None] / data.x_scale
     sigma2 = torch.where(log_alpha.isfinite(), log_alpha.exp() * (loc * scale).square(), 0.0)
@@ -388,7 +387,7 @@ def _best(
         "intercept": data.y_mean - (data.x_mean * loc * scale).sum(-1),
         "beta": beta / data.y_scale.square(),
         "elbo": start_elbo.amax(-1),
-        "elbo_trace": trace + units[:, None],
+        "elbo_trace": _at(trace, best) + units[:, None],
         "n_iter": n_iter,
         "converged": converged,
         "start_elbo": start_elbo,

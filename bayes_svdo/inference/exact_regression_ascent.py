@@ -416,8 +416,8 @@ def iterate(
 ) -> tuple[State, Tensor]:
     """One iteration for all problems and starts but the finished (B, S); the ELBO of none falls.
 
-    Finished is what has nothing to enter or leave, and gained no more than the tolerance, or is at
-    rest: that is not moved any more.
+    Finished is what has nothing to enter or leave, and gained no more than the tolerance or was at
+    rest when the iteration began.
     """
     moves = find_moves(problems, state)
     best_change = (moves.gain * (state.kept != moves.stays)).amax(-1)

@@ -12,6 +12,7 @@ import torch
 from pyro import distributions as dist
 from pyro.infer import SVI, TraceMeanField_ELBO
 from pyro.optim import ClippedAdam
+from scipy.linalg import hadamard
 from sklearn.datasets import load_diabetes
 from torch import Tensor
 
@@ -240,6 +241,19 @@ def test_small_correlations_that_add_up_can_keep_starts_apart() -> None:
     assert fit.starts == ("zero", "ols")
     assert fit.start_elbo[0] > fit.start_elbo[1] + 200
     assert int(fit.kept.sum()) == 3
+
+
+def test_orthogonal_columns_can_keep_starts_apart_too() -> None:
+    """Many equal weights, or much noise: both are maxima, as the noise is learned with them."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.from_numpy(hadamard(32)[:, 1:25]).double()
+    noise = torch.randn(32, generator=generator, dtype=torch.float64)
+    apart = 0
+    for weight in torch.linspace(0.2, 2.0, 19).tolist():
+        fit = fit_vdard_regression(x, weight * x.sum(1) + noise)
+        assert fit.elbo == fit.start_elbo.max()
+        apart += bool(fit.start_elbo[0] > fit.start_elbo[1] + 1)
+    assert apart > 0
 
 
 def test_strong_correlation_does_not_slow_the_joint_ascent(problem) -> None:
