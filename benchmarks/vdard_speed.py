@@ -152,15 +152,20 @@ def repeat(path: Path) -> None:
 
 
 def repeats(path: Path) -> str:
-    """The ratios of further processes, as a sentence."""
+    """The ratios of further processes, as a table."""
     if not path.exists():
         return ""
     done = json.loads(path.read_text())["processes"]
-    found = "; ".join(
-        f"{name} {', '.join(format(each[name], '.2f') for each in done)}" for name in done[0]
-    )
     n, p = SIZES[0]
-    return f"\nn = {n}, p = {p} in {len(done)} further processes, x ARDRegression: {found}.\n"
+    lines = [
+        f"\nn = {n}, p = {p} in {len(done)} further processes, time, x ARDRegression:\n",
+        "| program | median | least | largest |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name in done[0]:
+        ratios = [each[name] for each in done]
+        lines.append(f"| {name} | {median(ratios):.2f} | {min(ratios):.2f} | {max(ratios):.2f} |")
+    return "\n".join([*lines, ""])
 
 
 def prepare(program: str, n: int, p: int) -> Callable[[], Any]:
