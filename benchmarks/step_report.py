@@ -69,7 +69,8 @@ def _opening(found: dict[str, Any], device: str) -> list[str]:
         "turns. A ratio is the median over rounds of what it is within a round; where there are "
         "several processes of each library, the median over these, each with the median of its "
         'rounds. "plain Adam" is `torch.optim.Adam` as it comes; all others of torch, but those '
-        "that train through `pyro.optim`, have the fused one. A table says how many cores other "
+        "that train through `pyro.optim`, have the fused one. Libraries that do not all fit into "
+        "memory are measured in two groups, a table each. A table says how many cores other "
         "work kept busy meanwhile, on average, where that was recorded.",
     ]
 
