@@ -140,31 +140,35 @@ def table(runs: list[dict[str, Any]]) -> str:
 def repeat(path: Path) -> None:
     """Measure the smaller size again, and keep its ratios beside those of earlier processes."""
     done = json.loads(path.read_text())["processes"] if path.exists() else []
-    runs = compare(SIZES[:1])
-    theirs = {r["seed"]: r["ms"] for r in runs if r["program"] == "ARDRegression"}
-    done.append(
-        {
-            name: median(r["ms"] / theirs[r["seed"]] for r in runs if r["program"] == name)
-            for name in (*WEIGHTS, ESTIMATOR)
-        }
-    )
+    done.append(ratios(compare(SIZES[:1])))
     write_json(path, {"environment": environment("scipy"), "processes": done})
 
 
-def repeats(path: Path) -> str:
-    """The ratios of further processes, as a table."""
+def ratios(runs: list[dict[str, Any]]) -> dict[str, float]:
+    """Of each program on the smaller size, the median over seeds of its time over theirs."""
+    of_size = [r for r in runs if (r["n"], r["p"]) == SIZES[0]]
+    theirs = {r["seed"]: r["ms"] for r in of_size if r["program"] == "ARDRegression"}
+    return {
+        name: median(r["ms"] / theirs[r["seed"]] for r in of_size if r["program"] == name)
+        for name in (*WEIGHTS, ESTIMATOR)
+    }
+
+
+def repeats(path: Path, runs: list[dict[str, Any]]) -> str:
+    """The ratios of all processes, that of the runs among them, as a table."""
     if not path.exists():
         return ""
-    done = json.loads(path.read_text())["processes"]
+    done = [ratios(runs), *json.loads(path.read_text())["processes"]]
     n, p = SIZES[0]
     lines = [
-        f"\nn = {n}, p = {p} in {len(done)} further processes, time, x ARDRegression:\n",
+        f"\nn = {n}, p = {p} in {len(done)} processes, that above among them, time, "
+        "x ARDRegression:\n",
         "| program | median | least | largest |",
         "| --- | --- | --- | --- |",
     ]
     for name in done[0]:
-        ratios = [each[name] for each in done]
-        lines.append(f"| {name} | {median(ratios):.2f} | {min(ratios):.2f} | {max(ratios):.2f} |")
+        found = [each[name] for each in done]
+        lines.append(f"| {name} | {median(found):.2f} | {min(found):.2f} | {max(found):.2f} |")
     return "\n".join([*lines, ""])
 
 
@@ -235,7 +239,7 @@ def main() -> None:
     if arguments.repeat:
         repeat(again)
         runs = json.loads(out.read_text())["runs"]
-        out.with_suffix(".md").write_text(table(runs) + repeats(again))
+        out.with_suffix(".md").write_text(table(runs) + repeats(again, runs))
         return
     runs = compare()
     points = growth()
@@ -251,7 +255,7 @@ def main() -> None:
     }
     write_json(out, content)
     plot(points, out.with_suffix(".png"))
-    out.with_suffix(".md").write_text(table(runs) + repeats(again))
+    out.with_suffix(".md").write_text(table(runs) + repeats(again, runs))
     print(table(runs))
 
 
