@@ -34,6 +34,7 @@ from bayes_svdo.inference.exact_regression_ascent import (
     evaluate,
     iterate,
     join,
+    of_start,
     start,
 )
 from bayes_svdo.inference.exact_regression_curves import KL
@@ -358,13 +359,6 @@ def _pruned(problems: Problems, ends: _Ends, trace: Tensor) -> tuple[_Ends, Tens
     return _Ends.of(state, ends.n_iter, ends.converged), trace
 
 
-def _at(field: Tensor, start: Tensor) -> Tensor:  # (B, S, ...), (B,) -> (B, ...)
-    num, starts = field.shape[:2]
-    if starts == 1:
-        return field[:, 0].clone()
-    return field[torch.arange(num, device=field.device), start]
-
-
 def _best(
     problems: Problems, data: NaturalUnits, ends: _Ends, trace: Tensor, integrated: int | None
 ) -> dict[str, Tensor]:
@@ -375,7 +369,7 @@ def _best(
     start_elbo = trace[..., -1] + units[:, None]
 
     best = start_elbo.argmax(-1)
-    log_alpha, loc, residual, beta, n_iter, converged = (_at(field, best) for field in ends)
+    log_alpha, loc, residual, beta, n_iter, converged = (of_start(field, best) for field in ends)
     correlation = (residual[:, None] @ problems.x_rows.mT)[:, 0]
     scale = data.y_scale[:, None] / data.x_scale
     sigma2 = torch.where(log_alpha.isfinite(), log_alpha.exp() * (loc * scale).square(), 0.0)
@@ -387,7 +381,7 @@ def _best(
         "intercept": data.y_mean - (data.x_mean * loc * scale).sum(-1),
         "beta": beta / data.y_scale.square(),
         "elbo": start_elbo.amax(-1),
-        "elbo_trace": _at(trace, best) + units[:, None],
+        "elbo_trace": of_start(trace, best) + units[:, None],
         "n_iter": n_iter,
         "converged": converged,
         "start_elbo": start_elbo,

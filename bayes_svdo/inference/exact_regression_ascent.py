@@ -403,12 +403,15 @@ def join(state: State, finished: Tensor) -> tuple[State, Tensor]:
     if num == 1:
         one = slice(int(best), int(best) + 1)
         return State(*(field[:, one] for field in state)), finished[:, one]
-    best += torch.arange(0, num * starts, starts, device=best.device)
-    return State(*(_only(field, best) for field in state)), _only(finished, best)
+    return State(*(of_start(f, best)[:, None] for f in state)), of_start(finished, best)[:, None]
 
 
-def _only(field: Tensor, rows: Tensor) -> Tensor:  # (B, S, ...), (B,) -> (B, 1, ...)
-    return field.flatten(0, 1).index_select(0, rows)[:, None]
+def of_start(field: Tensor, start: Tensor) -> Tensor:  # (B, S, ...), (B,) -> (B, ...)
+    """Of each problem what belongs to one start, copied; the only one where all have become one."""
+    num, starts = field.shape[:2]
+    if starts == 1:
+        return field[:, 0].clone()
+    return field[torch.arange(num, device=field.device), start]
 
 
 def iterate(
