@@ -24,10 +24,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bayes_svdo.inference.exact_regression_alternation import alternate, prune
+from bayes_svdo.inference.exact_regression_arrays import Array, Arrays
 from bayes_svdo.inference.exact_regression_ascent import (
     Problems,
     State,
@@ -245,7 +247,7 @@ def fit_vdard_regression(
             "level need at least 2."
         )
     names = start_names(starts, method, dim, degrees)
-    with torch.inference_mode():
+    with torch.inference_mode(), np.errstate(all="ignore"):
         data = natural_units(x.flatten(0, -3), y.flatten(0, -2), fit_intercept)
         precision = given_precision(noise_precision, y.shape[:-1], data.y_scale)
         if precision is None:
@@ -257,7 +259,10 @@ def fit_vdard_regression(
         ends, trace = _run(problems, names, method, max_iter, rate * num_data)
         if method == "alternating":
             ends, trace = _pruned(problems, ends, trace)
-    with torch.no_grad():  # not inference mode: users may go on with autograd
+    with (
+        torch.no_grad(),
+        np.errstate(all="ignore"),
+    ):  # not inference mode: users may go on with autograd
         found = _best(problems, data, ends, trace, num_data if fit_intercept else None)
     if precision is None:
         check_precision(found["beta"], data.y_scale)
@@ -280,21 +285,21 @@ def fit_vdard_regression(
 class _Ends(NamedTuple):
     """Where the starts of every problem ended; (B, 1, ...) where all starts have become one."""
 
-    log_alpha: Tensor  # (B, S, D)
-    loc: Tensor  # (B, S, D)
-    residual: Tensor  # (B, S, M)
-    noise_precision: Tensor  # (B, S)
-    n_iter: Tensor  # (B, S)
-    converged: Tensor  # (B, S)
+    log_alpha: Array  # (B, S, D)
+    loc: Array  # (B, S, D)
+    residual: Array  # (B, S, M)
+    noise_precision: Array  # (B, S)
+    n_iter: Array  # (B, S)
+    converged: Array  # (B, S)
 
     @classmethod
-    def of(cls, state: State, n_iter: Tensor, converged: Tensor) -> _Ends:
+    def of(cls, state: State, n_iter: Array, converged: Array) -> _Ends:
         """Those of a state."""
         return cls(
             state.log_alpha, state.loc, state.residual, state.noise_precision, n_iter, converged
         )
 
-    def store(self, index: Tensor, rows: _Ends) -> None:
+    def store(self, index: Array, rows: _Ends) -> None:
         """Write those of the problems at ``index``."""
         for field, values in zip(self, rows, strict=True):
             field[index] = values
@@ -302,19 +307,20 @@ class _Ends(NamedTuple):
 
 def _run(
     problems: Problems, names: tuple[str, ...], method: Method, max_iter: int, tolerance: float
-) -> tuple[_Ends, Tensor]:  # and the objectives on the way there, (B, S, T)
+) -> tuple[_Ends, Array]:  # and the objectives on the way there, (B, S, T)
+    xp = problems.xp
     state = start(problems, names)
-    finished = torch.zeros_like(state.elbo, dtype=torch.bool)
+    finished = state.elbo != state.elbo  # none yet
     learns_noise = problems.noise_precision is None and math.isinf(problems.largest_noise_precision)
     num = len(state.elbo)
-    index = torch.arange(num, device=state.elbo.device)  # problems still at work
-    n_iter = torch.zeros_like(state.elbo, dtype=torch.long)
+    index = xp.count(num, state.elbo)  # problems still at work
+    n_iter = xp.zeros_like(state.active[..., 0])
     trace = [(index, state.elbo)]
     ends: _Ends | None = None  # once a problem has ended before the others
     for _ in range(max_iter):
-        n_iter += ~finished
+        n_iter = n_iter + ~finished
         if method == "joint":
-            state, finished = join(*iterate(problems, state, finished, tolerance))
+            state, finished = join(xp, *iterate(problems, state, finished, tolerance))
             trace.append((index, state.elbo))
         else:
             before = state.elbo
@@ -330,60 +336,70 @@ def _run(
         if len(live) > 1 and int(live.sum()) <= len(live) // 2:
             found = _Ends.of(state, n_iter, finished)
             if ends is None:
-                ends = _Ends(*map(torch.empty_like, found))
+                ends = _Ends(*map(xp.empty_like, found))
             ends.store(index, found)
             problems, index, n_iter = problems.take(live), index[live], n_iter[live]
             state = State(*(field[live] for field in state))
             finished = finished[live]
     found = _Ends.of(state, n_iter, finished)
     if ends is None:
-        return found, _joined(trace)
+        return found, _joined(xp, trace)
     ends.store(index, found)
-    return ends, _joined(trace)
+    return ends, _joined(xp, trace)
 
 
-def _joined(trace: list[tuple[Tensor, Tensor]]) -> Tensor:  # (B, S, T)
+def _joined(xp: Arrays, trace: list[tuple[Array, Array]]) -> Array:  # (B, S, T)
     """The objectives of all problems, each with its last value repeated."""
     values = [trace[0][1]]
     for index, elbo in trace[1:]:
         last = values[-1]
-        elbo = elbo.expand(-1, last.shape[1])
-        values.append(elbo if len(elbo) == len(last) else last.index_copy(0, index, elbo))
-    return torch.stack(values, -1)
+        elbo = xp.broadcast_to(elbo, (len(elbo), last.shape[1]))
+        if len(elbo) < len(last):
+            now = xp.copy(last)
+            now[index] = elbo
+            elbo = now
+        values.append(elbo)
+    return xp.stack(values, -1)
 
 
-def _pruned(problems: Problems, ends: _Ends, trace: Tensor) -> tuple[_Ends, Tensor]:
+def _pruned(problems: Problems, ends: _Ends, trace: Array) -> tuple[_Ends, Array]:
     """The pruning rule, applied where the alternation has come to rest."""
     state = prune(problems, evaluate(problems, ends.log_alpha))
-    trace = torch.cat((trace, state.elbo[..., None]), -1)
+    trace = problems.xp.concatenate((trace, state.elbo[..., None]), -1)
     return _Ends.of(state, ends.n_iter, ends.converged), trace
 
 
 def _best(
-    problems: Problems, data: NaturalUnits, ends: _Ends, trace: Tensor, integrated: int | None
+    problems: Problems, data: NaturalUnits, ends: _Ends, trace: Array, integrated: int | None
 ) -> dict[str, Tensor]:
     """The best start of each problem, in the units of the data."""
-    units = -problems.num_data * data.y_scale.log()
+    xp = problems.xp
+    x_mean, y_mean, x_scale, y_scale = map(
+        xp.array, (data.x_mean, data.y_mean, data.x_scale, data.y_scale)
+    )
+    units = -problems.num_data * xp.log(y_scale)
     if integrated is not None:
         units = units - 0.5 * math.log(integrated)
-    start_elbo = trace[..., -1] + units[:, None]
+    trace = trace + units[:, None, None]
 
-    best = start_elbo.argmax(-1)
-    log_alpha, loc, residual, beta, n_iter, converged = (of_start(field, best) for field in ends)
-    correlation = (residual[:, None] @ problems.x_rows.mT)[:, 0]
-    scale = data.y_scale[:, None] / data.x_scale
-    sigma2 = torch.where(log_alpha.isfinite(), log_alpha.exp() * (loc * scale).square(), 0.0)
-    return {
-        "loc": loc * scale,
+    best = trace[..., -1].argmax(-1)
+    log_alpha, loc, residual, beta, n_iter, converged = (of_start(xp, each, best) for each in ends)
+    correlation = (problems.x_rows @ residual[..., None])[..., 0]
+    relevance = beta[:, None] * xp.square(correlation + loc)
+    loc = loc * (y_scale[:, None] / x_scale)
+    elbo_trace = of_start(xp, trace, best)
+    found = {
+        "loc": loc,
         "log_alpha": log_alpha,
-        "sigma2": sigma2,
-        "relevance": beta[:, None] * (correlation + loc).square(),
-        "intercept": data.y_mean - (data.x_mean * loc * scale).sum(-1),
-        "beta": beta / data.y_scale.square(),
-        "elbo": start_elbo.amax(-1),
-        "elbo_trace": of_start(trace, best) + units[:, None],
+        "sigma2": xp.where(log_alpha < math.inf, xp.exp(log_alpha) * xp.square(loc), 0.0),
+        "relevance": relevance,
+        "intercept": y_mean - (x_mean * loc).sum(-1),
+        "beta": beta / xp.square(y_scale),
+        "elbo": elbo_trace[:, -1],
+        "elbo_trace": elbo_trace,
         "n_iter": n_iter,
         "converged": converged,
-        "start_elbo": start_elbo,
-        "x_mean": data.x_mean.clone(),
+        "start_elbo": trace[..., -1],
+        "x_mean": x_mean,
     }
+    return {name: xp.tensor(xp.copy(value)) for name, value in found.items()}

@@ -13,6 +13,7 @@ optimum is unique and finite. For the exact KL, ``alpha (Psi - 1)`` lies between
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Literal, NamedTuple, get_args
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from bayes_svdo.distributions import kl_empirical_bayes, kl_log_uniform
+from bayes_svdo.inference.exact_regression_arrays import Array, Arrays, TorchArrays, arrays_on
 
 KL = Literal["exact", "molchanov2017", "poster2016", "empirical_bayes"]
 
@@ -67,7 +69,8 @@ def optimal_log_alpha(relevance: Tensor, kl: KL = "exact") -> Tensor:  # (*shape
     """
     excess = (relevance.double() - 1).clamp_min(0).nan_to_num(0.0, torch.inf)
     curves = tabulate(kl, torch.float64, relevance.device)
-    start = curves.optimal_log_alpha(excess).masked_fill_(excess == torch.inf, -torch.inf)
+    start = curves.xp.tensor(curves.optimal_log_alpha(curves.xp.array(excess)))
+    start = start.masked_fill(excess == torch.inf, -torch.inf)
     kept = start.isfinite()  # neither pruned nor, with infinite relevance, without noise
     log_alpha = torch.where(kept, start, 0.0)
     low, high = log_alpha - 1e-3, log_alpha + 1e-3
@@ -85,20 +88,18 @@ def optimal_log_alpha(relevance: Tensor, kl: KL = "exact") -> Tensor:  # (*shape
 class Piece(NamedTuple):
     """The cubics of a curve that some points are on."""
 
-    position: Tensor  # (*shape), in units of the width of a cell, from its beginning
-    coefficients: Tensor  # (*shape, 4), ascending powers
+    position: Array  # (*shape), in units of the width of a cell, from its beginning
+    coefficients: Array  # (*shape, 4), ascending powers
 
-    def value(self) -> Tensor:  # (*shape)
+    def value(self) -> Array:  # (*shape)
         """The curve at the points."""
-        c0, c1, c2, c3 = self.coefficients.unbind(-1)
-        u = self.position
-        return c0.addcmul(u, c1.addcmul(u, c2.addcmul(u, c3)))
+        u, c = self
+        return c[..., 0] + u * (c[..., 1] + u * (c[..., 2] + u * c[..., 3]))
 
-    def slope(self) -> Tensor:  # (*shape)
+    def slope(self) -> Array:  # (*shape)
         """Its derivative there, by the position."""
-        _, c1, c2, c3 = self.coefficients.unbind(-1)
-        u = self.position
-        return c1.addcmul(u, (c2 + c2).addcmul(u, c3, value=3.0))
+        u, c = self
+        return c[..., 1] + u * (2.0 * c[..., 2] + u * (3.0 * c[..., 3]))
 
 
 class Curve(NamedTuple):
@@ -107,19 +108,21 @@ class Curve(NamedTuple):
     Or several of them, side by side.
     """
 
-    origin: Tensor  # (), position of 0
+    origin: float  # position of 0
     width: float
-    coefficients: Tensor  # (cells + 2, 4); the line below, cells, the line above
+    coefficients: Array  # (cells + 2, 4); the line below, cells, the line above
+    xp: Arrays
 
-    def piece(self, x: Tensor) -> Piece:  # (*shape)
+    def piece(self, x: Array) -> Piece:  # (*shape)
         """The cubics at points."""
-        position = torch.add(self.origin, x, alpha=1 / self.width)
-        largest = torch.finfo(x.dtype).max / 4
-        position.clamp_(-largest, largest)  # inf times a slope of 0 would be NaN
-        cell = position.clamp(0, self.coefficients.shape[0] - 1).long()
-        return Piece(position.sub_(cell), torch.embedding(self.coefficients, cell))
+        at_least, at_most = self.xp.at_least, self.xp.at_most
+        largest = float(self.xp.finfo(x.dtype).max) / 4
+        position = x * (1 / self.width) + self.origin
+        position = at_most(at_least(position, -largest), largest)  # inf times a slope of 0 is NaN
+        cell = self.xp.floor(at_most(at_least(position, 0.0), len(self.coefficients) - 1.0))
+        return Piece(position - cell, self.coefficients[self.xp.whole(cell)])
 
-    def __call__(self, x: Tensor) -> Tensor:  # (*shape) -> (*shape)
+    def __call__(self, x: Array) -> Array:  # (*shape) -> (*shape)
         """Its value."""
         return self.piece(x).value()
 
@@ -132,20 +135,27 @@ class Curves(NamedTuple):
     by_excess: Curve  # log(z²/kl_weight - 1) -> log_alpha, the joint optimum of loc and alpha
     by_energy: Curve  # log(c/kl_weight), c = beta s loc²/2 -> log_alpha, loc held fixed
 
-    def kl_pieces(self, log_alpha: Tensor) -> tuple[Piece, Piece]:  # (*shape)
+    @property
+    def xp(self) -> Arrays:
+        """The arrays that they are of."""
+        return self.kl.xp
+
+    def kl_pieces(self, log_alpha: Array) -> tuple[Piece, Piece]:  # (*shape)
         """Of the KL and of its negative slope, which have the same cells."""
         position, both = self.kl_and_slope.piece(log_alpha)
         return Piece(position, both[..., :4]), Piece(position, both[..., 4:])
 
-    def optimal_log_alpha(self, excess: Tensor) -> Tensor:  # (*shape) -> (*shape)
+    def optimal_log_alpha(self, excess: Array) -> Array:  # (*shape) -> (*shape)
         """``log_alpha`` for ``z²/kl_weight = 1 + excess``; inf, pruned, unless excess > 0."""
-        log_alpha = self.by_excess(excess.clamp_min(torch.finfo(excess.dtype).tiny).log_())
-        return log_alpha.masked_fill_(excess <= 0.0, torch.inf)
+        return self._where_positive(self.by_excess, excess)
 
-    def log_alpha_given_loc(self, energy: Tensor) -> Tensor:  # (*shape) -> (*shape)
+    def log_alpha_given_loc(self, energy: Array) -> Array:  # (*shape) -> (*shape)
         """``log_alpha`` that maximises ``-energy alpha - KL(alpha)``; inf where energy is 0."""
-        log_alpha = self.by_energy(energy.clamp_min(torch.finfo(energy.dtype).tiny).log_())
-        return log_alpha.masked_fill_(energy == 0, torch.inf)
+        return self._where_positive(self.by_energy, energy)
+
+    def _where_positive(self, curve: Curve, x: Array) -> Array:
+        tiny = float(self.xp.finfo(x.dtype).tiny)
+        return self.xp.where(x > 0.0, curve(self.xp.log(self.xp.at_least(x, tiny))), math.inf)
 
 
 @lru_cache(maxsize=32)
@@ -167,12 +177,13 @@ def tabulate(kl: KL, dtype: torch.dtype, device: torch.device) -> Curves:
             by_excess=_inverse(psi_grid, log_excess, excess_slope),
             by_energy=_inverse(grid, h.log() - grid, h_slope / h - 1),
         )
-    return Curves(
-        *(
-            Curve(c.origin.to(device, dtype), c.width, c.coefficients.to(device, dtype))
-            for c in curves
+        xp = arrays_on(device)
+        return Curves(
+            *(
+                c._replace(coefficients=xp.array(c.coefficients.to(device, dtype)), xp=xp)
+                for c in curves
+            )
         )
-    )
 
 
 def _value_and_slopes(
@@ -205,7 +216,9 @@ def _hermite(grid: Tensor, value: Tensor, slope: Tensor) -> Curve:
     line = torch.zeros_like(cells[:2])
     line[0, 0], line[0, 1] = value[0] - left[0], left[0]
     line[1, 0], line[1, 1] = value[-1], right[-1]
-    return Curve(1 - grid[0] / width, width, torch.cat((line[:1], cells, line[1:])))
+    return Curve(
+        1 - float(grid[0]) / width, width, torch.cat((line[:1], cells, line[1:])), TorchArrays
+    )
 
 
 def _inverse(x: Tensor, y: Tensor, slope: Tensor) -> Curve:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bayes_svdo.inference.arguments import check_flag
-from bayes_svdo.inference.exact_regression_ascent import Problems, first_rows
+from bayes_svdo.inference.exact_regression_ascent import Problems
 from bayes_svdo.inference.exact_regression_curves import KL, tabulate
 from bayes_svdo.inference.exact_regression_degenerate import (
     DegenerateObjectiveError,
@@ -374,16 +374,17 @@ def problems_of(
     else:
         gram = x.mT @ x if x.shape[-1] <= x.shape[-2] else None
         moment = (y[:, None] @ x)[:, 0]
+    curves = tabulate(kl, x.dtype, x.device)
+    array = curves.xp.array
     return Problems(
-        x_rows=x.mT.contiguous(),
-        target=y.contiguous(),
-        gram=gram,
-        moment=moment,
+        x_rows=array(x.mT.contiguous()),
+        target=array(y.contiguous()),
+        gram=None if gram is None else array(gram),
+        moment=array(moment),
         num_data=degrees,
         kl_weight=weight,
-        noise_precision=precision,
+        noise_precision=None if precision is None else array(precision),
         largest_noise_precision=degrees / min_noise**2 if min_noise else math.inf,
-        least_squares=data.least_squares,
-        curves=tabulate(kl, x.dtype, x.device),
-        first_row=first_rows(x.mT),
+        least_squares=None if data.least_squares is None else array(data.least_squares),
+        curves=curves,
     )

@@ -8,6 +8,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from bayes_svdo.inference.exact_regression_arrays import Array
 from bayes_svdo.inference.exact_regression_ascent import Problems, State
 
 # Of the degrees of freedom, that weights may use up (see warn_of_collapse); less where features
@@ -47,13 +48,14 @@ _REMEDY = (
 
 def check_interpolation(problems: Problems, num_data: int) -> None:
     """With as many degrees of freedom as data, the noise vanishes at no price in the KL."""
-    basis, size, _ = torch.linalg.svd(problems.x_rows.mT, full_matrices=False)
-    eps = torch.finfo(size.dtype).eps * max(problems.x_rows.shape[-2:])
+    x_rows, target = problems.xp.tensor(problems.x_rows), problems.xp.tensor(problems.target)
+    basis, size, _ = torch.linalg.svd(x_rows.mT, full_matrices=False)
+    eps = torch.finfo(size.dtype).eps * max(x_rows.shape[-2:])
     basis = basis * (size > eps * size[..., :1])[..., None, :]
-    left = problems.target - (basis @ (basis.mT @ problems.target[..., None]))[..., 0]
-    perfect = left.norm(dim=-1) <= _noise_floor(problems.target)
+    left = target - (basis @ (basis.mT @ target[..., None]))[..., 0]
+    perfect = left.norm(dim=-1) <= _noise_floor(problems)
     if perfect.any():
-        dim = problems.x_rows.shape[-2]
+        dim = x_rows.shape[-2]
         raise DegenerateObjectiveError(
             f"the {dim} features fit y without error{which(perfect)}, n_samples = {num_data}, and "
             f"with kl_weight = {problems.kl_weight:g} <= 1 that costs no more than it gains: the "
@@ -118,19 +120,19 @@ def warn_of_collapse(
     )
 
 
-def _noise_floor(like: Tensor) -> float:
+def _noise_floor(problems: Problems) -> float:
     """Root of the noise's share of the target, below which it is taken for rounding."""
-    return 1e3 * torch.finfo(like.dtype).eps
+    return 1e3 * float(problems.xp.finfo(problems.target.dtype).eps)
 
 
-def check_noise(problems: Problems, state: State, index: Tensor, num: int) -> None:
+def check_noise(problems: Problems, state: State, index: Array, num: int) -> None:
     """Stop an ascent that has no end."""
-    bound = problems.num_data / _noise_floor(state.noise_precision) ** 2
+    bound = problems.num_data / _noise_floor(problems) ** 2
     if float(state.noise_precision.max()) >= bound:
         vanished = (state.noise_precision >= bound).any(-1)
-        all_problems = torch.zeros(num, dtype=torch.bool, device=index.device)
-        all_problems[index] = vanished
-        size = int(state.log_alpha.isfinite().sum(-1)[vanished].min())
+        all_problems = torch.zeros(num, dtype=torch.bool)
+        all_problems[problems.xp.tensor(index).cpu()] = problems.xp.tensor(vanished).cpu()
+        size = int(state.kept.sum(-1)[vanished].min())
         raise DegenerateObjectiveError(
             f"{size} features fit y without error{which(all_problems)}: the ELBO grows without "
             f"bound as the noise goes to 0.\n  Try {_REMEDY}"

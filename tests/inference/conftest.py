@@ -11,6 +11,8 @@ from torch import nn
 
 from bayes_svdo import AdditiveNoiseGuide, BayesianNetwork, TraceAnalyticKL_ELBO
 from bayes_svdo.inference.compiled import compile_objective
+from bayes_svdo.inference.exact_regression_arrays import TorchArrays
+from bayes_svdo.inference.exact_regression_curves import tabulate
 from bayes_svdo.inference.posterior import local_parameters
 from bayes_svdo.models import Categorical
 
@@ -60,6 +62,17 @@ def correlated():
         return x, y
 
     return make
+
+
+@pytest.fixture
+def torch_arrays(monkeypatch):
+    """VD-ARD regression computes with torch's arrays on a CPU too, as on other devices."""
+    tabulate.cache_clear()
+    monkeypatch.setattr(
+        "bayes_svdo.inference.exact_regression_curves.arrays_on", lambda device: TorchArrays
+    )
+    yield
+    tabulate.cache_clear()
 
 
 @pytest.fixture

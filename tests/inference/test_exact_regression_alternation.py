@@ -14,6 +14,8 @@ from bayes_svdo.inference.exact_regression_ascent import start
 from bayes_svdo.inference.exact_regression_curves import KL
 from bayes_svdo.inference.exact_regression_data import natural_units, problems_of
 
+pytestmark = pytest.mark.usefixtures("torch_arrays")
+
 KLS = get_args(KL)
 
 

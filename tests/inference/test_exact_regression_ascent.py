@@ -12,7 +12,10 @@ from sklearn.preprocessing import PolynomialFeatures
 
 from bayes_svdo.inference import exact_regression_ascent as ascent
 from bayes_svdo.inference.exact_regression import fit_vdard_regression
+from bayes_svdo.inference.exact_regression_arrays import TorchArrays
 from bayes_svdo.inference.exact_regression_data import natural_units, problems_of
+
+pytestmark = pytest.mark.usefixtures("torch_arrays")
 
 STARTS = ("zero", "ols", "ridge")
 NOTHING = torch.tensor(math.inf, dtype=torch.float64)
@@ -43,7 +46,7 @@ def test_every_single_move_gains_at_least_what_it_promises(problem) -> None:
             log_alpha[..., d] = moves.refitted[..., d]
             rise = ascent.evaluate(problems, log_alpha).elbo - state.elbo
             assert (rise >= moves.gain[..., d] - 1e-10).all()
-        state = ascent.evaluate(problems, ascent.single_move(state, moves))
+        state = ascent.evaluate(problems, ascent.single_move(problems, state, moves))
 
 
 def test_a_pruned_weight_comes_back(problem) -> None:
@@ -181,18 +184,21 @@ def test_only_starts_on_the_way_to_the_same_maximum_join(problem) -> None:
         return torch.cat((top, torch.logit(1 - other).masked_fill(top == math.inf, math.inf)), 1)
 
     near, far = (ascent.evaluate(problems, shrunk(change)) for change in (0.1, 0.2))
-    joined, finished = ascent.join(near, torch.tensor([[True, False]]))
+    joined, finished = ascent.join(TorchArrays, near, torch.tensor([[True, False]]))
     best = int(near.elbo.argmax())
     assert joined.elbo.shape == (1, 1)
     assert joined.elbo == near.elbo.max()
     assert torch.equal(joined.log_alpha[:, 0], near.log_alpha[:, best])
     assert bool(finished) is (best == 0)
-    apart, _ = ascent.join(far, torch.tensor([[True, False]]))
+    apart, _ = ascent.join(TorchArrays, far, torch.tensor([[True, False]]))
     assert torch.equal(apart.elbo, far.elbo)
     both = ascent.evaluate(
         problems.take(torch.tensor([0, 0])), torch.cat((shrunk(0.1), shrunk(0.2)))
     )
-    assert ascent.join(both, torch.zeros(2, 2, dtype=torch.bool))[0].elbo.shape == (2, 2)
+    assert ascent.join(TorchArrays, both, torch.zeros(2, 2, dtype=torch.bool))[0].elbo.shape == (
+        2,
+        2,
+    )
 
 
 def test_the_finished_stay_where_they_are(problem) -> None:

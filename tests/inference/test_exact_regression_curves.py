@@ -18,6 +18,8 @@ from bayes_svdo.inference.exact_regression_curves import (
     tabulate,
 )
 
+pytestmark = pytest.mark.usefixtures("torch_arrays")
+
 KLS = get_args(KL)
 CPU = torch.device("cpu")
 
