@@ -332,15 +332,17 @@ def given_precision(
 def _check_range(values: Tensor, y_scale: Tensor, what: str) -> None:
     """Refuse units of ``y`` in which a square has left the range of floating point."""
     tiny = torch.finfo(values.dtype).tiny  # below it, digits are lost
+    least, most = values.aminmax()
+    if tiny <= float(least) and float(most) <= 1 / tiny:  # false for NaN
+        return
     out = ~((values >= tiny) & (values <= 1 / tiny)).reshape(len(y_scale), -1).all(1)
-    if out.any():
-        worst = int(out.nonzero()[0])
-        raise ValueError(
-            f"{what} is {float(values.reshape(len(y_scale), -1)[worst, 0]):g}{which(out)}, which "
-            f"{values.dtype} cannot hold to all its digits: y, whose norm about its mean is "
-            f"{float(y_scale[worst]):g}, is in units that are too large or too small.\n"
-            "  Try rescaled y."
-        )
+    worst = int(out.nonzero()[0])
+    raise ValueError(
+        f"{what} is {float(values.reshape(len(y_scale), -1)[worst, 0]):g}{which(out)}, which "
+        f"{values.dtype} cannot hold to all its digits: y, whose norm about its mean is "
+        f"{float(y_scale[worst]):g}, is in units that are too large or too small.\n"
+        "  Try rescaled y."
+    )
 
 
 def check_precision(beta: Tensor, y_scale: Tensor) -> None:
