@@ -12,6 +12,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+from threadpoolctl import threadpool_limits
+
+
+def one_thread() -> None:
+    """For this process: torch's threads, and those of every BLAS that is loaded."""
+    torch.set_num_threads(1)
+    threadpool_limits(1)
+
 
 def processor_ms(function: Callable[[], Any]) -> tuple[float, Any]:
     """Milliseconds of processor time that a call takes, and what it returns.

@@ -30,7 +30,7 @@ import torch
 from environment import RESULTS, environment, write_json
 from fastrvm import RVR
 from numpy.typing import NDArray
-from resources import cost, processor_ms
+from resources import cost, one_thread, processor_ms
 
 from bayes_svdo.inference.relevance_vector_machine import fit_rvm_regression
 
@@ -154,7 +154,7 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 def prepare(program: str, n: int, max_kernel_bytes: int) -> Callable[[], Any]:
     """A fit whose cost is to be measured."""
-    torch.set_num_threads(1)
+    one_thread()
     x, y = draw(n, 0)
     if program == "fastrvm":
         return lambda: fastrvm(x, y)
@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "rvm_speed.json")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     out: Path = (arguments := parser.parse_args()).out
-    torch.set_num_threads(1)
+    one_thread()
     warnings.simplefilter("ignore")  # the peers': division by zero, overflow
     found = json.loads(out.read_text()) if out.exists() else {"runs": [], "growth": []}
     if "compare" in arguments.parts:

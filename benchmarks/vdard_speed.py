@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from environment import ARD_CAVEAT, RESULTS, environment, write_json
 from numpy.typing import NDArray
-from resources import cost, processor_ms
+from resources import cost, one_thread, processor_ms
 from sklearn.linear_model import ARDRegression
 
 from bayes_svdo.inference import VDARDRegressor
@@ -174,7 +174,7 @@ def repeats(path: Path, runs: list[dict[str, Any]]) -> str:
 
 def prepare(program: str, n: int, p: int) -> Callable[[], Any]:
     """A fit whose cost is to be measured."""
-    torch.set_num_threads(1)
+    one_thread()
     x, y, _ = draw(n, p, 0)
     if program == "ARDRegression":
         return lambda: ard(x, y)
@@ -235,7 +235,7 @@ def main() -> None:
     arguments = parser.parse_args()
     out: Path = arguments.out
     again = out.with_name(out.stem + "_repeats.json")
-    torch.set_num_threads(1)
+    one_thread()
     if arguments.repeat:
         repeat(again)
         runs = json.loads(out.read_text())["runs"]

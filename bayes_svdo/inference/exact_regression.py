@@ -185,7 +185,8 @@ def fit_vdard_regression(
 
     The result does not depend on the units of ``y`` or of any column of ``x``. It is a local
     maximum that no change of a single weight improves, even with all other means refitted; the
-    best of several starts is kept.
+    best of several starts is kept. On a CPU the arithmetic is NumPy's, with the threads of its BLAS
+    (``OMP_NUM_THREADS``, threadpoolctl), on other devices torch's.
 
     Args:
         x: Inputs, (..., N, D), any real dtype; leading dimensions are separate problems.
@@ -237,6 +238,7 @@ def fit_vdard_regression(
     tensor([ True,  True, False, False])
     """
     fit_intercept = check_options(kl, method, fit_intercept, min_noise, max_iter, tol)
+    min_noise = float(min_noise)  # NumPy's scalars would decide the precision of the result
     x, y = checked_data(x, y, dtype)
     num_data, dim = x.shape[-2:]
     degrees = num_data - fit_intercept
@@ -255,14 +257,12 @@ def fit_vdard_regression(
         problems = problems_of(data, degrees, weight, precision, min_noise, kl)
         if precision is None and min_noise == 0 and weight <= 1 and dim >= degrees:
             check_interpolation(problems, num_data)
-        rate = (1e-9 if dtype == torch.float64 else 1e-6) if tol is None else tol
+        rate = (1e-9 if dtype == torch.float64 else 1e-6) if tol is None else float(tol)
         ends, trace = _run(problems, names, method, max_iter, rate * num_data)
         if method == "alternating":
             ends, trace = _pruned(problems, ends, trace)
-    with (
-        torch.no_grad(),
-        np.errstate(all="ignore"),
-    ):  # not inference mode: users may go on with autograd
+    # Not inference mode: users may go on with autograd.
+    with torch.no_grad(), np.errstate(all="ignore"):
         found = _best(problems, data, ends, trace, num_data if fit_intercept else None)
     if precision is None:
         check_precision(found["beta"], data.y_scale)

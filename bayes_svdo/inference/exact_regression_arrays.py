@@ -2,8 +2,8 @@
 
 A fit of moderate size is some 1,500 operations on a few hundred numbers each, for which NumPy takes
 half of torch's time. So the ascent is written in the operators and methods that both have, and in
-the functions here. Factorisations are torch's in both cases: NumPy's raise where one of a batch
-fails.
+the functions here. Triangular factors are torch's in both cases, as NumPy raises where one of a
+batch has none, and so is the search for the smallest.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ Arrays: TypeAlias = Any  # NumPyArrays or TorchArrays
 class TorchArrays:
     """Functions of tensors."""
 
-    amax, amin, maximum, minimum, where = (
-        torch.amax, torch.amin, torch.maximum, torch.minimum, torch.where
-    )  # fmt: skip
+    amax, amin, minimum, where = torch.amax, torch.amin, torch.minimum, torch.where
     at_least, at_most, floor = torch.clamp_min, torch.clamp_max, torch.floor
     exp, expm1, log, log1p = torch.exp, torch.expm1, torch.log, torch.log1p
     sqrt, square, eigh = torch.sqrt, torch.square, torch.linalg.eigh
@@ -62,7 +60,8 @@ class TorchArrays:
     @staticmethod
     def replaced(x: Array, at: Array, values: Array) -> Array:  # (*shape), (*part), (*part)
         """A copy with other values at these positions, counted as ``take`` counts them."""
-        return x.put(at, values)
+        # Not put, which torch.use_deterministic_algorithms refuses.
+        return x.flatten().scatter(0, at.flatten(), values.flatten()).view(x.shape)
 
     @staticmethod
     def smallest(x: Array, num: int) -> Array:  # (..., K) -> (..., num), (..., num)
@@ -102,7 +101,7 @@ def _by_torch(function: Callable[..., Any]) -> Callable[..., Any]:
 class NumPyArrays:
     """The same functions of NumPy's arrays."""
 
-    amax, amin, maximum, minimum, where = np.amax, np.amin, np.maximum, np.minimum, np.where
+    amax, amin, minimum, where = np.amax, np.amin, np.minimum, np.where
     at_least, at_most, floor = np.maximum, np.minimum, np.floor
     exp, expm1, log, log1p = np.exp, np.expm1, np.log, np.log1p
     sqrt, square, eigh = np.sqrt, np.square, np.linalg.eigh

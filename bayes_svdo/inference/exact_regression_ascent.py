@@ -233,7 +233,9 @@ def _excess_at_least_squares(problems: Problems) -> Array:  # (B, D)
         # A trace of ridge, so that collinear columns share their weight instead of failing.
         diagonal = xp.diagonal(gram)
         diagonal += float(xp.finfo(gram.dtype).eps) ** 0.5
-        loc = xp.cholesky_solve(xp.cholesky(gram)[0], problems.moment)
+        factor, failed = xp.cholesky(gram)
+        loc = xp.cholesky_solve(factor, problems.moment)
+        loc = xp.where(failed[:, None], 0.0, loc)
     residual = problems.target - (loc[:, None] @ problems.x_rows)[:, 0]
     noise_precision = best_noise_precision(problems, xp.square(residual).sum(-1)[:, None])
     if problems.noise_precision is None:  # less one degree of freedom per feature, as for z-scores

@@ -58,7 +58,8 @@ def optimal_log_alpha(relevance: Tensor, kl: KL = "exact") -> Tensor:  # (*shape
     few units of rounding relative to ``alpha`` (below 1e6).
 
     Args:
-        relevance: ``z² / kl_weight``, the squared z-score of the weight over the KL's weight.
+        relevance: ``z² / kl_weight``, the squared z-score of the weight over the KL's weight; no
+            gradients are propagated to it.
         kl: Which KL; see :func:`bayes_svdo.distributions.kl_log_uniform`.
 
     Raises:
@@ -67,6 +68,7 @@ def optimal_log_alpha(relevance: Tensor, kl: KL = "exact") -> Tensor:  # (*shape
     >>> optimal_log_alpha(torch.tensor([0.5, 1.0, 2.0, 9.0], dtype=torch.float64))
     tensor([    inf,     inf,  0.6043, -1.5694], dtype=torch.float64)
     """
+    relevance = relevance.detach()
     excess = (relevance.double() - 1).clamp_min(0).nan_to_num(0.0, torch.inf)
     curves = tabulate(kl, torch.float64, relevance.device)
     start = curves.xp.tensor(curves.optimal_log_alpha(curves.xp.array(excess)))

@@ -130,7 +130,7 @@ def check_noise(problems: Problems, state: State, index: Array, num: int) -> Non
     bound = problems.num_data / _noise_floor(problems) ** 2
     if float(state.noise_precision.max()) >= bound:
         vanished = (state.noise_precision >= bound).any(-1)
-        all_problems = torch.zeros(num, dtype=torch.bool)
+        all_problems = torch.zeros(num, dtype=torch.bool, device="cpu")
         all_problems[problems.xp.tensor(index).cpu()] = problems.xp.tensor(vanished).cpu()
         size = int(state.kept.sum(-1)[vanished].min())
         raise DegenerateObjectiveError(

@@ -37,7 +37,7 @@ CALLS = {
     ),
     "whole": (np.floor(X),),
     **dict.fromkeys(("amax", "amin"), (X, 1)),
-    **{name: (X, X[:, ::-1].copy()) for name in ("maximum", "minimum")},
+    "minimum": (X, X[:, ::-1].copy()),
     **dict.fromkeys(("at_least", "at_most", "full_like"), (X, 1.5)),
     "zeros_like": (X,),
     "where": (X > 1.0, X, math.inf),
@@ -139,4 +139,37 @@ def test_both_reach_the_same(x, y, options, request) -> None:
         tolerance = same if name == "elbo" else near
         assert one.dtype == other.dtype
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
-    assert not by_numpy.loc.is_inference()
+
+
+def test_what_is_found_is_the_users_own(problem) -> None:
+    """No memory shared, no inference tensors, and nothing that is not to be written to."""
+    x, y = problem()
+    before = x.clone(), y.clone()
+    fit = fit_vdard_regression(x, y, starts=("zero",))
+    fields = {n: v for n, v in vars(fit).items() if isinstance(v, torch.Tensor)}
+    places = {v.untyped_storage().data_ptr() for v in (x, y, *fields.values())}
+    assert len(places) == len(fields) + 2
+    for value in fields.values():
+        assert not value.is_inference()
+        value.zero_()
+    again = fit_vdard_regression(x, y, starts=("zero",))  # tables and data are as they were
+    assert again.kept.any()
+    assert torch.equal(x, before[0])
+    assert torch.equal(y, before[1])
+
+
+def test_options_of_numpy_leave_the_result_in_single_precision(problem) -> None:
+    options = {"min_noise": np.float64(0.5), "kl_weight": np.float64(2.0), "tol": np.float64(1e-6)}
+    fit = fit_vdard_regression(*problem(), **options, dtype=torch.float32)
+    found = {v.dtype for v in vars(fit).values() if isinstance(v, torch.Tensor)}
+    assert found == {torch.float32, torch.int64, torch.bool}
+
+
+def test_torchs_arrays_are_deterministic_where_that_is_asked_for(problem, torch_arrays) -> None:
+    expected = fit_vdard_regression(*problem())
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = fit_vdard_regression(*problem())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(found.loc, expected.loc)
