@@ -132,7 +132,7 @@ def evaluate(problems: Problems, log_alpha: Array) -> State:
     whitener = xp.inverse_of_lower(factor)
     moment = problems.moment.take(_of_problem(problems, active))[..., None, :]
     active_loc = ((moment @ whitener.swapaxes(-1, -2)) @ whitener)[..., 0, :] * filled
-    loc = xp.replaced(xp.zeros_like(log_alpha), positions(problems, active), active_loc)
+    loc = xp.replaced(xp.zeros_like(log_alpha), _positions(problems, active), active_loc)
     residual = problems.target[:, None] - loc @ problems.x_rows
 
     active_pull = active_alpha * active_loc
@@ -155,7 +155,7 @@ def _of_problem(problems: Problems, index: Array) -> Array:  # (B, S, K)
     return index if num == 1 else index + problems.xp.count(num, index, dim)[:, None, None]
 
 
-def positions(problems: Problems, index: Array) -> Array:  # (B, S, K)
+def _positions(problems: Problems, index: Array) -> Array:  # (B, S, K)
     """Positions of weights in a flattened (B, S, D)."""
     num, starts, _ = index.shape
     if num * starts == 1:
@@ -262,7 +262,7 @@ def find_moves(problems: Problems, state: State) -> Moves:
     columns (shrunk as they are) leave, ``free`` its relevance once they have adapted.
     """
     xp = problems.xp
-    at = positions(problems, state.active)
+    at = _positions(problems, state.active)
     scale = (state.noise_precision / problems.kl_weight)[..., None]
     relevance = scale * xp.square(state.active_pull + state.active_loc)
     inverse = state.whitener.swapaxes(-1, -2) @ state.whitener
@@ -377,7 +377,7 @@ def change_set(
     limit = xp.minimum(limit, (gain > tolerance).sum(-1))
     width = int(limit.max())
     movers = xp.smallest(-gain, width)[1]
-    at = positions(problems, movers)
+    at = _positions(problems, movers)
     rank = xp.count(width, gain)
     goes = (rank < limit[..., None]) & ((rank == 0) | ~leaves.take(at))
     goes = _without_clashes(problems, movers, goes)
@@ -399,7 +399,7 @@ def _without_clashes(problems: Problems, movers: Array, goes: Array) -> Array:  
 
 def single_move(problems: Problems, state: State, moves: Moves) -> Array:  # (B, S, D)
     """``log_alpha`` after the one move of the largest gain."""
-    best = positions(problems, moves.gain.argmax(-1)[..., None])
+    best = _positions(problems, moves.gain.argmax(-1)[..., None])
     return problems.xp.replaced(state.log_alpha, best, moves.refitted.take(best))
 
 
