@@ -2,6 +2,7 @@
 
     python benchmarks/mnist_dense.py search lenet_300_100    # candidates on a 55,000/5,000 split
     python benchmarks/mnist_dense.py final lenet_300_100     # the frozen one on 60,000, per seed
+    python benchmarks/mnist_dense.py twin lenet_300_100      # the same network, dense
     python benchmarks/mnist_dense.py table                   # the results as Markdown
     python benchmarks/mnist_dense.py final lenet_300_100 --eager    # the same, nothing compiled
     python benchmarks/mnist_dense.py final lenet_300_100 --device cuda --epochs 200
@@ -9,7 +10,9 @@
 `configs/<name>.toml` holds the candidates, tried with seed 0 and the finalists with further ones,
 and the frozen configuration. The test set is read by `final` only; its numbers are those of the
 last epoch. Two runs go side by side, one thread each; on a GPU one after the other, with results
-files of their own.
+files of their own. The twin has the initial weights, epochs, batches and schedule of the frozen
+configuration and its seeds, and is trained on the likelihood alone, at that of three learning rates
+with the lowest error on the split.
 MNIST comes from `$BAYES_SVDO_DATA`, or is downloaded.
 """
 
@@ -29,6 +32,7 @@ from typing import Any
 
 import torch
 from environment import RESULTS, environment, write_json
+from twin import LEARNING_RATES, train_twin
 
 from bayes_svdo import data
 from bayes_svdo.inference import AdditiveNoiseGuide, Posterior, fit
@@ -111,6 +115,51 @@ def run(config: dict[str, Any], seed: int, final: bool, device: str) -> dict[str
         "kl": posterior.history[-1]["kl"],
         "seconds": time.perf_counter() - started,
     }
+
+
+def run_twin(config: dict[str, Any], lr: float, seed: int, final: bool) -> dict[str, Any]:
+    """Train the dense twin once; its error on the test set if `final`, else on the held out."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    mnist = data.load("mnist")
+    if not final:
+        mnist = mnist.with_validation_split(5000, SPLIT_SEED)
+    (x, y), (x_test, y_test) = mnist.train, mnist.test
+    started = time.perf_counter()
+    net = train_twin(config, x, y, lr, seed)
+    with torch.no_grad():
+        wrong = net(x_test).argmax(-1) != y_test
+    return {
+        "lr": lr,
+        "seed": seed,
+        "error_percent": 100 * float(wrong.double().mean()),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def run_twins(config: dict[str, Any], seeds: list[int], path: Path) -> None:
+    """Choose the twin's learning rate on the split, then train it on every seed."""
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        jobs = [pool.submit(run_twin, config, lr, 0, False) for lr in LEARNING_RATES]
+        searched = [job.result() for job in jobs]
+        lr = min(searched, key=lambda run: run["error_percent"])["lr"]
+        jobs = [pool.submit(run_twin, config, lr, seed, True) for seed in seeds]
+        runs = [job.result() for job in jobs]
+    found = [run["error_percent"] for run in runs]
+    content: dict[str, Any] = {
+        "script": "benchmarks/mnist_dense.py",
+        "data": "MNIST, 60,000 / test set; the learning rate on 55,000 / 5,000",
+        "threads_per_run": 1,
+        "environment": environment("lightning-fabric"),
+        "config": config,
+        "searched": searched,
+        "runs": runs,
+        "summary": {
+            "error_percent": {"mean": statistics.mean(found), "sd": statistics.stdev(found)}
+        },
+    }
+    write_json(path, content)
+    print(f"{statistics.mean(found):.2f} +- {statistics.stdev(found):.2f} % at lr {lr}")
 
 
 def error(posterior: Posterior, x: Any, y: Any, threshold: float | None = None) -> float:
@@ -226,6 +275,8 @@ def table() -> str:
             f"| {published['compression']}x | 1 |"
         )
         lines += [theirs] * (theirs not in lines)
+        if not kind:
+            lines += _row_of_twin(RESULTS / f"mnist_dense_{name}_twin.json")
         lines += [
             f"| | bayes_svdo{how} | {error['mean']:.2f} ± {error['sd']:.2f} "
             f"| {ratio['mean']:.1f}x ± {ratio['sd']:.1f} | {len(content['runs'])} |",
@@ -233,10 +284,21 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def _row_of_twin(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    content = json.loads(path.read_text())
+    error = content["summary"]["error_percent"]
+    return [
+        f"| | the same network, dense and deterministic | {error['mean']:.2f} ± {error['sd']:.2f} "
+        f"| 1x | {len(content['runs'])} |"
+    ]
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("action", choices=("search", "final", "table"))
+    parser.add_argument("action", choices=("search", "final", "twin", "table"))
     parser.add_argument("config", nargs="?", help="name of a file in configs/")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--epochs", type=int, help="others than the configuration's")
@@ -273,6 +335,9 @@ def main() -> None:
         jobs = [
             (content["chosen"]["candidate"], chosen, seed) for seed in content["chosen"]["seeds"]
         ]
+        if arguments.action == "twin":
+            run_twins(chosen, content["chosen"]["seeds"], path)
+            return
     final = arguments.action == "final"
     run_all(jobs, path, final, arguments.device, content["published"])
 

@@ -30,17 +30,16 @@ from typing import Any
 import torch
 from environment import RESULTS, environment, mean_and_sd, write_json
 from torch import Tensor
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import log_softmax
+from twin import LEARNING_RATES, train_twin
 
 from bayes_svdo import data
 from bayes_svdo.analysis import ClassificationPredictive, classification_scores, ood_auroc
 from bayes_svdo.inference import AdditiveNoiseGuide, Posterior, fit
-from bayes_svdo.inference.schedules import ConstantThenLinear
 from bayes_svdo.models import BayesianNetwork, Categorical, dense
 
 CONFIG = Path(__file__).parent / "configs" / "lenet_300_100.toml"
 SEEDS = (0, 1, 2, 3, 4)
-LEARNING_RATES = (4e-3, 1e-3, 3e-4)
 DRAWS = 50
 TWIN = "dense, deterministic"
 SPARSE = "sparse, 50 draws"
@@ -52,25 +51,6 @@ def configuration() -> dict[str, Any]:
     content = tomllib.loads(CONFIG.read_text())
     chosen: dict[str, Any] = content["base"] | content["candidates"][content["chosen"]["candidate"]]
     return chosen
-
-
-def train_twin(config: dict[str, Any], x: Tensor, y: Tensor, lr: float, seed: int) -> Any:
-    """The network of `config`, trained on the likelihood alone."""
-    torch.manual_seed(seed)
-    net = dense(tuple(config["sizes"]))
-    optimizer = torch.optim.Adam(net.parameters(), lr=lr, fused=True)
-    steps_per_epoch = -(-len(x) // config["batch_size"])
-    schedule = ConstantThenLinear()
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: schedule(step / (config["epochs"] * steps_per_epoch))
-    )
-    for _ in range(config["epochs"]):
-        for rows in torch.randperm(len(x)).split(config["batch_size"]):
-            optimizer.zero_grad()
-            cross_entropy(net(x[rows]), y[rows]).backward()
-            optimizer.step()
-            scheduler.step()
-    return net.eval()
 
 
 def of_one_network(logits: Tensor) -> ClassificationPredictive:
