@@ -290,7 +290,7 @@ def _row_of_twin(path: Path) -> list[str]:
     content = json.loads(path.read_text())
     error = content["summary"]["error_percent"]
     return [
-        f"| | the same network, dense and deterministic | {error['mean']:.2f} ± {error['sd']:.2f} "
+        f"| | dense, deterministic | {error['mean']:.2f} ± {error['sd']:.2f} "
         f"| 1x | {len(content['runs'])} |"
     ]
 
