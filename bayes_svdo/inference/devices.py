@@ -6,6 +6,7 @@ over its own batch times its log likelihood; gradients are averaged, so that the
 
 from __future__ import annotations
 
+import atexit
 import os
 from inspect import signature
 from typing import Any
@@ -61,7 +62,9 @@ def make_fabric(
     if precision in ("bf16-mixed", "16-mixed"):  # as an object: Fabric else announces it
         numeric = {"plugins": _Autocast(precision, where.type)}  # type: ignore[arg-type]
     if os.environ.get("LT_CLI_USED"):  # `fabric run` says all else, and has launched
-        return Fabric(**numeric)
+        fabric = Fabric(**numeric)
+        _leave_at_exit()
+        return fabric
     count, nodes = _launched(count, nodes)
     one = count * nodes == 1
     if not one and where.type == "cuda":
@@ -74,7 +77,24 @@ def make_fabric(
         **numeric,
     )
     fabric.launch()
+    _leave_at_exit()
     return fabric
+
+
+def _leave_at_exit() -> None:
+    """Have the process leave its group while Python still runs.
+
+    Gloo's threads may hold tensors after the last reduction has returned, and abort a process whose
+    interpreter has gone by the time they drop them. Fabric sees to NCCL alone.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        atexit.unregister(_leave)
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _launched(count: int | None, nodes: int) -> tuple[int, int]:

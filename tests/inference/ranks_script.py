@@ -5,7 +5,9 @@ python ranks_script.py FOLDER [--brief | --data]
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -256,8 +258,15 @@ def readings(ranks: int, rank: int) -> dict[str, Any]:
     return found
 
 
+def note_the_end(folder: Path) -> None:
+    """Whether the process has left its group by the time that Python ends."""
+    left = not torch.distributed.is_initialized()
+    (folder / f"left-{os.environ.get('RANK', 0)}").write_text(str(left))
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
+    atexit.register(note_the_end, folder)  # the first to be registered is the last to be called
     warnings.simplefilter("ignore")
     ranks = Ranks(make_fabric("cpu", None, 1, "32-true"))
     if "--data" in sys.argv:
