@@ -8,11 +8,11 @@
     python benchmarks/mnist_dense.py final lenet_300_100 --device cuda --epochs 200
 
 `configs/<name>.toml` holds the candidates, tried with seed 0 and the finalists with further ones,
-and the frozen configuration. The test set is read by `final` only; its numbers are those of the
-last epoch. Two runs go side by side, one thread each; on a GPU one after the other, with results
-files of their own. The twin has the initial weights, epochs, batches and schedule of the frozen
-configuration and its seeds, and is trained on the likelihood alone, at that of three learning rates
-with the lowest error on the split.
+and the frozen configuration. The test set is read by `final` and `twin` only; their numbers are
+those of the last epoch. Two runs go side by side, one thread each; on a GPU one after the other,
+with results files of their own. The twin has the initial weights, epochs, batches and schedule of
+the frozen configuration and its seeds, and is trained on the likelihood alone, at that of three
+learning rates with the lowest error on the split; it runs on a CPU.
 MNIST comes from `$BAYES_SVDO_DATA`, or is downloaded.
 """
 
@@ -312,6 +312,12 @@ def main() -> None:
             "which configuration? One of: " + ", ".join(p.stem for p in CONFIGS.glob("*.toml"))
         )
     content = tomllib.loads((CONFIGS / f"{arguments.config}.toml").read_text())
+    if arguments.action == "twin":
+        given = (arguments.device, arguments.epochs, arguments.eager)
+        if given != ("cpu", None, False):
+            sys.exit("twin takes no --device, --epochs or --eager")
+        if no := sorted({"centre", "init_std", "input_dropout", "lr_drops"} & set(content["base"])):
+            sys.exit(f"the twin of {arguments.config} would be trained without its {', '.join(no)}")
     suffix = "" if arguments.device == "cpu" else "_cuda"
     if arguments.epochs is not None:
         content["base"]["epochs"] = arguments.epochs

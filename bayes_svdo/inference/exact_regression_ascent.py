@@ -136,7 +136,7 @@ def evaluate(problems: Problems, log_alpha: Array) -> State:
     residual = problems.target[:, None] - loc @ problems.x_rows
 
     active_pull = active_alpha * active_loc
-    error = (residual * residual).sum(-1) + (active_pull * active_loc).sum(-1)
+    error = xp.square(residual).sum(-1) + (active_pull * active_loc).sum(-1)
     noise_precision = best_noise_precision(problems, error)
     kl, slope = problems.curves.kl_pieces(active_log_alpha)
     active_kl = kl.value()
@@ -216,7 +216,7 @@ def start(problems: Problems, names: tuple[str, ...]) -> State:
     return state
 
 
-def _first_to_enter(problems: Problems, alone: Array) -> Array:  # (B, D), (B, D)
+def _first_to_enter(problems: Problems, alone: Array) -> Array:  # (B, D)
     """Of weights with the ``log_alpha`` that each would have alone, those that enter first."""
     xp = problems.xp
     first, movers = xp.smallest(alone[:, None], min(_FIRST_TO_ENTER, alone.shape[-1]))

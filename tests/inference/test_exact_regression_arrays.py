@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from bayes_svdo.inference import exact_regression_curves as curves
-from bayes_svdo.inference.exact_regression import fit_vdard_regression
+from bayes_svdo.inference.exact_regression import (
+    DegenerateObjectiveError,
+    fit_vdard_regression,
+)
 from bayes_svdo.inference.exact_regression_arrays import NumPyArrays, TorchArrays, arrays_on
 
 
@@ -100,6 +103,30 @@ def test_one_matrix_without_a_factor_does_not_stop_the_others(arrays) -> None:
     assert (factor[0] == arrays.array(torch.eye(3).double())).all()
 
 
+@pytest.mark.parametrize("kl", get_args(curves.KL))
+def test_the_curves_are_the_same_of_both(kl, request) -> None:
+    x = torch.cat((torch.linspace(-60, 60, 4001), torch.tensor([math.inf]))).double()
+    positive = torch.logspace(-20, 20, 4001, dtype=torch.float64)
+
+    def values():
+        found = curves.tabulate(kl, torch.float64, torch.device("cpu"))
+        array, tensor = found.xp.array, found.xp.tensor
+        pieces = found.kl_pieces(array(x))
+        return (
+            found.xp,
+            *(tensor(v) for piece in pieces for v in (piece.value(), piece.slope())),
+            tensor(found.optimal_log_alpha(array(positive - 1.0))),
+            tensor(found.log_alpha_given_loc(array(positive))),
+        )
+
+    by_numpy = values()
+    request.getfixturevalue("torch_arrays")
+    by_torch = values()
+    assert (by_numpy[0], by_torch[0]) == (NumPyArrays, TorchArrays)
+    for one, other in zip(by_numpy[1:], by_torch[1:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
 def designs():
     """Regressions of every kind: (x, y, options)."""
     generator = torch.Generator().manual_seed(0)
@@ -163,6 +190,22 @@ def test_options_of_numpy_leave_the_result_in_single_precision(problem) -> None:
     fit = fit_vdard_regression(*problem(), **options, dtype=torch.float32)
     found = {v.dtype for v in vars(fit).values() if isinstance(v, torch.Tensor)}
     assert found == {torch.float32, torch.int64, torch.bool}
+
+
+def test_a_default_device_elsewhere_leaves_errors_as_they_are(problem) -> None:
+    x, y = (torch.stack((v, v)) for v in problem())
+    y[0] = x[0, :, 0]
+    fit_vdard_regression(*problem())  # the tables are there
+    with (
+        torch.device("meta"),
+        pytest.raises(DegenerateObjectiveError, match=r"without error in problem\(s\) 0:"),
+    ):
+        fit_vdard_regression(x, y)
+
+
+def test_gradients_may_be_asked_of_a_relevance_but_there_are_none() -> None:
+    relevance = torch.tensor([4.0], dtype=torch.float64, requires_grad=True)
+    assert not curves.optimal_log_alpha(relevance).requires_grad
 
 
 def test_torchs_arrays_are_deterministic_where_that_is_asked_for(problem, torch_arrays) -> None:
